@@ -1,0 +1,27 @@
+"""The passes, in the order in which they run.
+
+normalize -> partition -> hoist -> dual_perturbation -> materialize -> outline -> lower
+"""
+
+from zograph.passes.base import Contract, Pass, PassContext, PassResult
+from zograph.passes.dual_perturbation import DualPerturbation
+from zograph.passes.hoist import Hoist
+from zograph.passes.lower import Lower
+from zograph.passes.materialize import Materialize
+from zograph.passes.normalize import Normalize
+from zograph.passes.outline import Outline
+from zograph.passes.partition import Partition
+
+__all__ = [
+    "Contract",
+    "DualPerturbation",
+    "Hoist",
+    "Lower",
+    "Materialize",
+    "Normalize",
+    "Outline",
+    "Partition",
+    "Pass",
+    "PassContext",
+    "PassResult",
+]

@@ -1,0 +1,71 @@
+"""What a pass is: a frozen dataclass with a contract and one method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import fx
+
+Numerics = Literal["bitwise", "reassociates", "changes"]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a pass needs from the graph, what it adds, and what it does to the numbers.
+
+    Attributes
+    ----------
+    requires, provides, forbids
+        Facts about the graph, as plain words; the pipeline checks them before it
+        touches a graph. A pass may run only when all of `requires` and none of `forbids`
+        have been provided.
+    numerics
+        ``bitwise``: outputs keep every bit; ``reassociates``: equal up to rounding;
+        ``changes``: computes something else.
+    """
+
+    requires: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset()
+    forbids: frozenset[str] = frozenset()
+    numerics: Numerics = "bitwise"
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The graph after a pass, whether it differs, and what was skipped and why."""
+
+    gm: fx.GraphModule
+    modified: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class PassContext:
+    """What passes may ask for beside the graph.
+
+    Attributes
+    ----------
+    compute_dtype, distribution, backend
+        The options of :func:`zograph.compile` of the same name.
+    notes
+        Messages of all passes so far.
+    """
+
+    compute_dtype: object | None = None
+    distribution: str = "normal"
+    backend: str = "inductor"
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """Base of every pass; the fields of a subclass are its options."""
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract] = Contract()
+
+    @abstractmethod
+    def apply(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        """Rewrite `gm` in place and say what happened."""

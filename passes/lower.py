@@ -1,0 +1,79 @@
+"""lower: hand each distinct body to Inductor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+from torch._inductor import config as inductor_config
+from torch._inductor import standalone_compile
+
+from zograph.passes.base import Contract, Pass, PassContext, PassResult
+
+
+# Inductor would gather all materialize calls ahead of the matmuls that use them; the graph's
+# own order lets perturbed copies die young.
+KEEP_ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
+
+
+class CompiledBody(nn.Module):
+    """A stage body and the code that Inductor made of it."""
+
+    def __init__(self, body: fx.GraphModule, code: Any) -> None:
+        super().__init__()
+        self.body = body
+        self.code = code
+
+    def forward(self, *args: Any) -> Any:
+        return self.code(*args)
+
+
+@dataclass(frozen=True)
+class Lower(Pass):
+    """Compile every distinct body once, for all sizes that its symbols stand for.
+
+    Before::
+
+        %body_0: (f32[s0, 8], f32[s0, 8]) = body_0(%x, %w, ...)     # a graph of ATen calls
+
+    After::
+
+        %body_0: (f32[s0, 8], f32[s0, 8]) = body_0(%x, %w, ...)     # compiled code
+
+    Requires: ``outlined``. Ensures: fact ``lowered``. Composite operators are decomposed
+    here and nowhere earlier; the materialize operators stay opaque calls. With
+    ``backend="eager"`` the bodies stay graphs. Numerics: reassociates. Cost: seconds per
+    distinct body, none in a second process (Inductor's cache). Raises: what Inductor raises.
+    """
+
+    name: ClassVar[str] = "lower"
+    contract: ClassVar[Contract] = Contract(
+        requires=frozenset({"outlined"}),
+        provides=frozenset({"lowered"}),
+        numerics="reassociates",
+    )
+
+    def apply(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        if ctx.backend == "eager":
+            return PassResult(gm, False, ("backend is eager: bodies run as graphs",))
+        bodies = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
+        compiled = 0
+        for name in sorted(bodies):
+            body = gm.get_submodule(name)
+            if isinstance(body, fx.GraphModule):
+                gm.set_submodule(name, CompiledBody(body, compile_body(body)))
+                compiled += 1
+        return PassResult(gm, bool(compiled), (f"{compiled} bodies compiled",) if compiled else ())
+
+
+def compile_body(body: fx.GraphModule) -> Any:
+    """Compile one body for the fake inputs that its placeholders carry."""
+    copy = fx.GraphModule(body, fx.Graph())
+    copy.graph = body.graph
+    for node in copy.graph.nodes:  # where standalone_compile looks for the shape environment
+        node.meta["example_value"] = node.meta["val"]
+    inputs = [n.meta["val"] for n in copy.graph.nodes if n.op == "placeholder"]
+    with torch.no_grad(), inductor_config.patch(KEEP_ORDER):
+        return standalone_compile(copy, inputs, dynamic_shapes="from_graph")

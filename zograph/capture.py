@@ -1,0 +1,416 @@
+"""From a model and a batch's signature to a functional ATen graph of the loss.
+
+`torch.export` (non-strict) traces a *fake copy* of the model: same modules, every parameter
+and buffer a fake tensor of the wanted dtype on the wanted device. The user's model is neither
+moved, cast, switched to eval mode nor otherwise touched, and no weight is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from zograph.errors import BatchError, CaptureError, ModelError
+from zograph.ir import KEY, GraphInfo, Kind, NodeMeta, ParamInfo, fake_mode, info, placeholders
+from zograph.noise import parameter_key
+from zograph.signature import Signature
+
+LossFn = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :meth:`ZOStep.evaluate` returns where the loss comes from a `loss_fn`."""
+
+    loss: torch.Tensor | None
+    output: Any
+    """What the model returned (a list where `loss_fn` called it more than once)."""
+
+
+pytree.register_dataclass(Evaluation)
+
+
+@dataclass
+class Capture:
+    """A captured graph and how to feed it."""
+
+    gm: fx.GraphModule
+    signature: Signature
+    symbols: dict[str, sympy.Symbol]
+    """The graph's symbol for each symbolic dimension of the signature."""
+    ranges: dict[str, tuple[int, float]]
+    """For each symbolic dimension of the signature, the sizes that the graph admits."""
+    constants: dict[str, torch.Tensor]
+    env: ShapeEnv
+    """Holds the guards that export and compilation put on the symbols."""
+
+    def admits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether a batch with these sizes satisfies every range and guard of the graph."""
+        if not all(low <= sizes[s] <= high for s, (low, high) in self.ranges.items()):
+            return False
+        values = {symbol: sizes[name] for name, symbol in self.symbols.items()}
+        return all(g.expr.xreplace(values) != sympy.false for g in self.env.guards)
+
+
+def parameter_table(model: nn.Module) -> dict[str, ParamInfo]:
+    """List the model's distinct parameters under their first names.
+
+    Raises
+    ------
+    ModelError
+        If a trainable parameter is not of a real floating dtype, or none is trainable.
+    """
+    table = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad and not p.is_floating_point():
+            raise ModelError(
+                f"parameter {name!r} is trainable but {p.dtype}: zeroth-order steps move real "
+                f"floating-point weights only. Call .requires_grad_(False) on it, or store it "
+                f"as two real parameters."
+            )
+        decay = p.ndim > 1 and not name.endswith("bias")
+        shape, key = tuple(p.shape), parameter_key(name)
+        table[name] = ParamInfo(name, shape, p.dtype, p.requires_grad, decay, key)
+    if not any(p.trainable for p in table.values()):
+        raise ModelError(
+            f"{type(model).__name__} has no trainable parameter. Set requires_grad on those "
+            f"that the step should move."
+        )
+    return table
+
+
+def check_keys(function: Callable[..., Any], batch: Mapping[str, Any], skip: int = 0) -> None:
+    """Refuse a batch with missing, unknown or evidently misspelt keys.
+
+    Raises
+    ------
+    BatchError
+        With the accepted names and the closest match.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    where = getattr(function, "__qualname__", str(function))
+    for key in batch:
+        close = difflib.get_close_matches(key, [n for n in names if n not in batch], 1, 0.8)
+        if key not in names and (close or not open_ended):
+            meant = f" Did you mean {close[0]!r}?" if close else ""
+            raise BatchError(f"{where} takes no {key!r}.{meant} It takes: {', '.join(names)}.")
+    for p in parameters:
+        required = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if required and p.name not in batch:
+            raise BatchError(f"the batch lacks {p.name!r}, which {where} needs.")
+
+
+@dataclass
+class _Returned:
+    """What the model returned while it was traced (export resets attributes of modules)."""
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec | None = None
+
+
+class _Traced(nn.Module):
+    """The function that is exported: batch in, (loss, flat outputs) out."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn | None, want_loss: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+        self.want_loss = want_loss
+        self.returned = _Returned([])
+
+    def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        loss, out = self._run(batch)
+        if self.want_loss:
+            loss = self._checked(loss)
+        self.returned.leaves, self.returned.spec = pytree.tree_flatten(out)
+        tensors = [leaf for leaf in self.returned.leaves if isinstance(leaf, torch.Tensor)]
+        return (loss, *tensors) if self.want_loss else tuple(tensors)
+
+    def _run(self, batch: dict[str, Any]) -> tuple[Any, Any]:
+        if self.loss_fn is None:
+            extra = {}
+            if "use_cache" in inspect.signature(self.model.forward).parameters:
+                extra = {} if "use_cache" in batch else {"use_cache": False}
+            out = self.model(**batch, **extra)
+            return _find_loss(out), out
+        returned: list[Any] = []
+        handle = self.model.register_forward_hook(lambda _m, _a, o: returned.append(o))
+        try:
+            loss = self.loss_fn(self.model, **batch)
+        finally:
+            handle.remove()
+        return loss, Evaluation(loss, returned[0] if len(returned) == 1 else returned)
+
+    def _checked(self, loss: Any) -> torch.Tensor:
+        name = type(self.model).__name__
+        if not isinstance(loss, torch.Tensor):
+            what = "loss_fn returned" if self.loss_fn else f"{name} returned"
+            raise CaptureError(
+                f"{what} no loss (found {type(loss).__name__}). Put labels= into the batch if the "
+                f"model computes its own loss, or pass loss_fn=lambda model, **batch: ... to "
+                f"zograph.compile."
+            )
+        if loss.ndim or not loss.is_floating_point():
+            raise CaptureError(
+                f"the loss of {name} has shape {list(loss.shape)} and dtype {loss.dtype}; a "
+                f"0-dimensional floating-point tensor is needed, for example loss.mean()."
+            )
+        return loss
+
+
+def _find_loss(out: Any) -> Any:
+    """Return the loss in what a model returned, by the conventions of transformers."""
+    if isinstance(out, Mapping):
+        return out.get("loss")
+    if hasattr(out, "loss"):
+        return out.loss
+    if isinstance(out, (tuple, list)):
+        return out[0] if out and isinstance(out[0], torch.Tensor) and not out[0].ndim else None
+    return out if isinstance(out, torch.Tensor) and not out.ndim else None
+
+
+def _fake_copy(
+    model: nn.Module, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None
+) -> nn.Module:
+    """Copy a module tree with fake parameters and buffers, in eval mode, caches off."""
+    persistent = {id(b) for b in model.state_dict(keep_vars=True).values()}
+
+    def fake(t: torch.Tensor, cast: bool) -> torch.Tensor:
+        to = dtype if dtype is not None and cast and t.is_floating_point() else t.dtype
+        return torch.empty_strided(t.shape, t.stride(), dtype=to, device=device)
+
+    memo: dict[int, Any] = {}
+    with mode:
+        for p in model.parameters():
+            memo[id(p)] = nn.Parameter(fake(p, True), requires_grad=False)
+        for b in model.buffers():
+            memo[id(b)] = fake(b, id(b) in persistent)
+    twin = copy.deepcopy(model, memo)
+    twin.eval()
+    for module in twin.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False
+    return twin
+
+
+def _user_line(error: BaseException) -> str:
+    """Return `file:line: code` of the deepest frame outside torch and zograph."""
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.lineno is not None]
+    for frame in reversed(frames):
+        if not frame.filename.startswith(own) and Path(frame.filename).exists():
+            return f"\n  at {frame.filename}:{frame.lineno}: {frame.line}"
+    return ""
+
+
+def _export(traced: _Traced, batch: dict[str, Any], sig: Signature) -> torch.export.ExportedProgram:
+    dims = {s: torch.export.Dim(s, min=2) for s in sig.symbols()}
+    shapes = [
+        {d: dims[s] for d, s in enumerate(leaf.sizes) if isinstance(s, str)} or None
+        for leaf in sig.leaves
+    ]
+    spec = pytree.tree_structure(batch)
+    dynamic = pytree.tree_unflatten(shapes, spec)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ep = torch.export.export(traced, (batch,), dynamic_shapes=(dynamic,), strict=False)
+        ops = [n.target for n in ep.graph.nodes if n.op == "call_function"]
+        if any(isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable for op in ops):
+            ep = ep.run_decompositions({})  # functionalise, keep composite operators
+    return ep
+
+
+def capture(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    sig: Signature,
+    *,
+    loss_fn: LossFn | None = None,
+    want_loss: bool = True,
+    device: torch.device | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Capture:
+    """Trace the loss (and every other output) of `model` for batches of one signature.
+
+    Parameters
+    ----------
+    model
+        Any module; left as it is.
+    batch
+        Only its structure is used: the sizes come from the signature's stand-ins.
+    loss_fn
+        ``loss_fn(model, **batch) -> loss``; by default the loss is the model's own.
+    want_loss
+        False captures the outputs alone, for evaluation without labels.
+    device, compute_dtype
+        Where and in what floating dtype the graph computes. Parameters enter the graph in
+        their own dtype and are cast inside.
+
+    Returns
+    -------
+    Capture
+        A functional graph with explicit parameters; its output is (loss, *outputs).
+
+    Raises
+    ------
+    CaptureError
+        If export fails or there is no scalar loss.
+    """
+    device = device or torch.device("cpu")
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    traced = _Traced(_fake_copy(model, mode, device, compute_dtype), loss_fn, want_loss)
+    with mode:
+        leaves = [leaf.stand_in(sig.level) for leaf in sig.leaves]
+        leaves = [x.to(device) if isinstance(x, torch.Tensor) else x for x in leaves]
+    stand_ins = pytree.tree_unflatten(leaves, pytree.tree_structure(dict(batch)))
+    try:
+        ep = _export(traced, stand_ins, sig)
+    except CaptureError:
+        raise
+    except Exception as error:  # the user's forward may raise anything; it is chained
+        raise CaptureError(
+            f"{type(model).__name__} could not be captured for ({sig}): "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            f"{_user_line(error)}\n"
+            f"A graph needs a forward without branches or loops on tensor values. Replace them by "
+            f"torch.where, torch.cond or fixed sizes, or choose another attention or experts "
+            f"implementation in the model's config."
+        ) from error
+    return _finish(model, ep, traced, sig, compute_dtype)
+
+
+def _finish(
+    model: nn.Module,
+    ep: torch.export.ExportedProgram,
+    traced: _Traced,
+    sig: Signature,
+    compute_dtype: torch.dtype | None,
+) -> Capture:
+    """Annotate the exported graph, restore base dtypes and read off the ranges."""
+    gm = ep.graph_module
+    signature = ep.graph_signature
+    first_names = {id(p): name for name, p in model.named_parameters()}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    constants: dict[str, torch.Tensor] = {}
+    leaves = iter(sig.leaves)
+    base: dict[str, torch.dtype] = {}
+    for node, spec in zip(placeholders(gm), signature.input_specs, strict=True):
+        target = (spec.target or "").removeprefix("model.")
+        match spec.kind:
+            case InputKind.PARAMETER:
+                name = first_names[id(own[target])]
+                node.meta[KEY] = NodeMeta(Kind.PARAMETER, name, source="capture")
+                base[node.name] = own[target].dtype
+            case InputKind.BUFFER:
+                node.meta[KEY] = NodeMeta(Kind.BUFFER, target, source="capture")
+                base[node.name] = buffers[target].dtype
+            case InputKind.CONSTANT_TENSOR:
+                node.meta[KEY] = NodeMeta(Kind.CONSTANT, spec.target, source="capture")
+                constants[str(spec.target)] = ep.constants[str(spec.target)]
+            case _:
+                leaf = next(leaves)
+                node.meta[KEY] = NodeMeta(Kind.INPUT, leaf.path, source="capture")
+    kept = [o for o in signature.output_specs if o.kind == OutputKind.USER_OUTPUT]
+    dropped = len(signature.output_specs) - len(kept)  # mutations come first
+    out = gm.graph.output_node()
+    out.args = (tuple(out.args[0][dropped:]),)
+    for node in gm.graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            stack = node.meta.get("nn_module_stack") or {}
+            calls = ((key, str(cls)) for key, (_, cls) in stack.items())
+            node.meta[KEY] = NodeMeta(module=tuple(calls), source=f"capture<{node.name}")
+    out.meta[KEY] = NodeMeta(Kind.OUTPUT, source="capture")
+    _restore_base(gm, base)
+    gm.meta[KEY] = GraphInfo(params=parameter_table(model), has_loss=traced.want_loss)
+    _record_outputs(info(gm), traced)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    symbols = _symbols(gm, sig)
+    env = fake_mode(gm).shape_env
+    assert env is not None
+    env.frozen = False  # guards of the compilation are to be recorded, too
+    return Capture(gm, sig, symbols, _ranges(symbols, ep), constants, env)
+
+
+def _record_outputs(record: GraphInfo, traced: _Traced) -> None:
+    index = int(traced.want_loss)
+    where: list[int | None] = []
+    for leaf in traced.returned.leaves:
+        where.append(index if isinstance(leaf, torch.Tensor) else None)
+        index += isinstance(leaf, torch.Tensor)
+    fixed = (x for x in traced.returned.leaves if not isinstance(x, torch.Tensor))
+    record.out_spec = traced.returned.spec
+    record.out_leaves = tuple(where)
+    record.out_constants = tuple(fixed)
+
+
+def _restore_base(gm: fx.GraphModule, base: Mapping[str, torch.dtype]) -> None:
+    """Let parameters and buffers enter in their own dtype; cast right behind them."""
+    for node in placeholders(gm, Kind.PARAMETER, Kind.BUFFER):
+        val, dtype = node.meta["val"], base[node.name]
+        if val.dtype == dtype or not node.users:
+            continue
+        with gm.graph.inserting_before(next(n for n in gm.graph.nodes if n.op != "placeholder")):
+            cast = gm.graph.call_function(torch.ops.aten._to_copy.default, (node,))
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+        cast.kwargs = {"dtype": val.dtype}
+        cast.meta["val"] = val
+        cast.meta[KEY] = NodeMeta(source=f"capture<{node.name}")
+        with val.fake_mode:
+            node.meta["val"] = torch.empty_strided(
+                val.shape, val.stride(), dtype=dtype, device=val.device
+            )
+
+
+def _symbols(gm: fx.GraphModule, sig: Signature) -> dict[str, sympy.Symbol]:
+    """Return the graph's symbol for each symbolic dimension of the signature.
+
+    Raises
+    ------
+    CaptureError
+        If export fixed one of them.
+    """
+    inputs = {n.meta[KEY].name: n.meta["val"] for n in placeholders(gm, Kind.INPUT)}
+    found: dict[str, sympy.Symbol] = {}
+    for leaf in sig.leaves:
+        for dim, size in enumerate(leaf.sizes):
+            if isinstance(size, str) and size not in found:
+                actual = inputs[leaf.path].shape[dim]
+                if not isinstance(actual, torch.SymInt) or not actual.node.expr.is_symbol:
+                    raise CaptureError(f"export fixed dimension {dim} of batch{leaf.path}")
+                found[size] = actual.node.expr
+    return found
+
+
+def _ranges(
+    symbols: Mapping[str, sympy.Symbol], ep: torch.export.ExportedProgram
+) -> dict[str, tuple[int, float]]:
+    """Return the sizes that export admits for each symbolic dimension."""
+    ranges: dict[str, tuple[int, float]] = {}
+    for name, symbol in symbols.items():
+        limit = ep.range_constraints.get(symbol)
+        low, high = 2, float("inf")
+        if limit is not None:
+            low = max(low, int(limit.lower))
+            high = float(limit.upper) if limit.upper < 2**31 else high
+        ranges[name] = (low, high)
+    return ranges

@@ -1,0 +1,250 @@
+"""The typed metadata that passes read and write, and the few ways to make a node.
+
+A zograph graph is an ordinary :class:`torch.fx.GraphModule`. Each node carries
+
+``node.meta["val"]``
+    the fake value of the node: fake tensors and symbolic integers;
+``node.meta["zograph"]``
+    one :class:`NodeMeta`: what the node binds, its stage, branch and origin.
+
+The graph module carries one :class:`GraphInfo` under ``gm.meta["zograph"]``. Passes read
+these records and never the names of nodes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils import _pytree as pytree
+
+KEY = "zograph"
+
+Branch = Literal["+", "-"]
+
+
+class Kind(StrEnum):
+    """What a node stands for."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+    INPUT = "input"
+    NOISE = "noise"
+    """A runtime scalar or table of the zeroth-order step: seed, eps, keys, pending terms."""
+    OP = "op"
+    STAGE = "stage"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeMeta:
+    """What zograph knows of one node. Immutable: passes replace it with :func:`annotate`."""
+
+    kind: Kind = Kind.OP
+    name: str | None = None
+    """Of a placeholder: the parameter's or buffer's name, the batch path, the noise input."""
+    module: tuple[tuple[str, str], ...] = ()
+    """Modules around the call, outermost first: (call path, qualified class name)."""
+    stage: int | None = None
+    branch: Branch | None = None
+    hoisted: bool = False
+    """The value depends on no trainable parameter: both branches share it."""
+    source: str = ""
+    """Provenance: `pass<origin`, for example ``dual_perturbation<linear_3``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParamInfo:
+    """One tensor that `model.named_parameters()` lists, under its first name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+    decay: bool
+    """Whether weight decay applies to it."""
+    key: int
+    """The noise key of the name: signed 64 bits."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the base weight in bytes."""
+        numel = 1
+        for size in self.shape:
+            numel *= size
+        return numel * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class GraphInfo:
+    """What zograph knows of a whole graph."""
+
+    params: dict[str, ParamInfo] = field(default_factory=dict)
+    out_spec: pytree.TreeSpec | None = None
+    """Structure of the model's own output; the flat leaves follow the loss in the output."""
+    out_leaves: tuple[int | None, ...] = ()
+    """For each leaf of the model's output, its index in the graph's output (None: constant)."""
+    out_constants: tuple[Any, ...] = ()
+    """The leaves that are no graph value, in order of the Nones above."""
+    has_loss: bool = True
+    """The first graph output is the loss (two of them after dual_perturbation)."""
+    stages: dict[int, str] = field(default_factory=dict)
+    """Stage number to the module path that it was cut at."""
+    keys: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """For each stage, the parameters whose noise keys its table of keys holds, in order."""
+    facts: frozenset[str] = frozenset()
+    """What the passes run so far have provided (see :class:`zograph.passes.Contract`)."""
+
+
+def meta(node: fx.Node) -> NodeMeta:
+    """Return the node's metadata (a default record where it has none yet)."""
+    record = node.meta.get(KEY)
+    return record if isinstance(record, NodeMeta) else NodeMeta()
+
+
+def annotate(node: fx.Node, **changes: Any) -> None:
+    """Replace fields of the node's metadata."""
+    node.meta[KEY] = replace(meta(node), **changes)
+
+
+def info(gm: fx.GraphModule) -> GraphInfo:
+    """Return the graph's record, creating an empty one where there is none."""
+    record = gm.meta.setdefault(KEY, GraphInfo())
+    assert isinstance(record, GraphInfo)
+    return record
+
+
+def value(arg: Any) -> Any:
+    """Map nodes to their fake values, through nested arguments."""
+    return fx.node.map_arg(arg, lambda n: n.meta["val"])
+
+
+def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
+    """Return the fake-tensor mode that the graph's values live in."""
+    for node in gm.graph.nodes:
+        for leaf in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(leaf, torch._subclasses.FakeTensor):
+                return leaf.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def evaluate(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run `target` on the fake values of its arguments; no data is touched."""
+    fargs, fkwargs = value(tuple(args)), value(dict(kwargs))
+    leaves = pytree.tree_leaves((fargs, fkwargs))
+    modes = [x.fake_mode for x in leaves if isinstance(x, torch._subclasses.FakeTensor)]
+    with torch.no_grad(), modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True):
+        return target(*fargs, **fkwargs)
+
+
+def call(
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    source: str,
+    like: fx.Node | None = None,
+    **fields: Any,
+) -> fx.Node:
+    """Insert a call at the graph's insertion point, with value, metadata and provenance.
+
+    Parameters
+    ----------
+    source
+        Provenance of the new node.
+    like
+        Node whose metadata the new one starts from.
+    **fields
+        Fields of :class:`NodeMeta` to set.
+    """
+    node = graph.call_function(target, args, kwargs or {})
+    node.meta["val"] = evaluate(target, args, kwargs or {})
+    node.meta[KEY] = replace(meta(like) if like is not None else NodeMeta(), source=source)
+    annotate(node, kind=Kind.OP, **fields)
+    return node
+
+
+def getitem(graph: fx.Graph, node: fx.Node, index: int, **fields: Any) -> fx.Node:
+    """Insert ``node[index]`` with the metadata of `node`."""
+    return call(
+        graph, operator.getitem, (node, index), source=meta(node).source, like=node, **fields
+    )
+
+
+def placeholder(
+    gm: fx.GraphModule, name: str, val: Any, *, kind: Kind, source: str, **fields: Any
+) -> fx.Node:
+    """Append a placeholder after the existing ones."""
+    last = None
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            break
+        last = node
+    if last is None:
+        point = gm.graph.inserting_before(next(iter(gm.graph.nodes)))
+    else:
+        point = gm.graph.inserting_after(last)
+    with point:
+        node = gm.graph.placeholder(name.replace(".", "_"))
+    node.meta["val"] = val
+    node.meta[KEY] = NodeMeta(kind=kind, name=name, source=source, **fields)
+    return node
+
+
+def placeholders(gm: fx.GraphModule, *kinds: Kind) -> list[fx.Node]:
+    """Return the placeholders of the given kinds (all kinds if none is given), in order."""
+    found = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return [n for n in found if not kinds or meta(n).kind in kinds]
+
+
+def output(gm: fx.GraphModule) -> fx.Node:
+    """Return the graph's only output node."""
+    return gm.graph.output_node()
+
+
+def op_name(node: fx.Node) -> str:
+    """Short stable name of what a node calls: ``aten.linear``, ``zograph.materialize``."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        packet = f"{target.namespace}.{target._opname}"
+        overload = target._overloadname
+        return packet if overload == "default" else f"{packet}.{overload}"
+    if isinstance(target, str):
+        return target
+    return str(getattr(target, "__name__", target))
+
+
+def depends_on(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the roots and all nodes that use them, directly or not."""
+    seen: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.users)
+    return seen
+
+
+def is_shape(node: fx.Node) -> bool:
+    """Whether the node's value is an integer, float or bool scalar and not a tensor."""
+    scalars = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return isinstance(node.meta.get("val"), scalars)
+
+
+def symbols(val: Any) -> set[Any]:
+    """Return the symbols in the sizes and strides of a value (nested values too)."""
+    found: set[Any] = set()
+    for leaf in pytree.tree_leaves(val):
+        if isinstance(leaf, (torch.Tensor, torch.SymInt, torch.SymFloat)):
+            found |= set(free_symbols(leaf))
+    return found

@@ -1,0 +1,301 @@
+"""The compiled zeroth-order step: what :func:`zograph.compile` returns."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from zograph import viz
+from zograph.bounds import check_bounds
+from zograph.capture import Evaluation, parameter_table
+from zograph.errors import BatchError, LossError
+from zograph.export import save_pretrained
+from zograph.graphs import Compiled, Graphs
+from zograph.noise import derive_seed
+from zograph.options import Options, check_lr
+from zograph.weights import Terms, Weights
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What one seeded direction of a step measured."""
+
+    seed: int
+    loss_plus: float
+    loss_minus: float
+    projected_grad: float
+    """(loss_plus - loss_minus) / (2 eps), in float64."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did.
+
+    With several directions `loss_plus`, `loss_minus` and `projected_grad` are their means
+    and `seed` is the first direction's; `directions` holds each one.
+    """
+
+    step: int
+    seed: int
+    loss_plus: float
+    loss_minus: float
+    projected_grad: float
+    lr: float
+    skipped: bool
+    directions: tuple[Direction, ...]
+
+
+class ZOStep:
+    """One zeroth-order step of a model, compiled; see :func:`zograph.compile`.
+
+    Attributes
+    ----------
+    last : StepRecord or None
+        The record of the newest step; None before the first.
+    lr : float
+        The learning rate of the next step; assign to it for a schedule.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, options: Options) -> None:
+        self.model = model
+        self.options = options
+        self.last: StepRecord | None = None
+        self._lr = check_lr(lr)
+        self._steps = 0
+        table = parameter_table(model)
+        warn_of_eval_mode(model)
+        model.to(options.device)
+        self._weights = Weights(model, table, options.distribution)
+        self._graphs = Graphs(model, options)
+        self._weights.constants = self._graphs.constants
+
+    def __repr__(self) -> str:
+        o = self.options
+        return (
+            f"ZOStep({type(self.model).__name__}, step={self._steps}, lr={self._lr}, eps={o.eps}, "
+            f"method={o.method!r}, backend={o.backend!r}, device='{o.device}')"
+        )
+
+    @property
+    def lr(self) -> float:
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr = check_lr(value)
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The graph of the last used capture, as the runtime executes it.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first step or :meth:`prepare`.
+        """
+        return self._last_compiled().capture.gm
+
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """Seconds that the last used graph took: ``capture``, then each pass by name."""
+        return dict(self._last_compiled().seconds)
+
+    def _last_compiled(self) -> Compiled:
+        if self._graphs.last is None:
+            raise RuntimeError("nothing is compiled yet: run a step or step.prepare(**batch)")
+        return self._graphs.last
+
+    def prepare(self, **batch: Any) -> None:
+        """Capture and compile for a batch without running anything.
+
+        Raises
+        ------
+        BatchError, CaptureError
+            As a step on this batch would.
+        """
+        self._graphs.training(batch)
+
+    def __call__(
+        self, *, batches: Sequence[Mapping[str, Any]] | None = None, **batch: Any
+    ) -> torch.Tensor:
+        """Run one step: a dual forward per direction, then a pending update.
+
+        Parameters
+        ----------
+        **batch
+            What the model (or `loss_fn`) takes.
+        batches
+            Instead of one batch, several: their mean loss is the step's loss.
+
+        Returns
+        -------
+        torch.Tensor
+            0-dim float32 on the CPU: the mean of the branch losses.
+
+        Raises
+        ------
+        LossError
+            If a loss is not finite and ``on_nan="raise"``. The weights stay as they were.
+        BatchError, CaptureError, ParameterChangedError
+            Before anything ran.
+        """
+        if batches is None:
+            batches = [batch]
+        elif batch or not batches:
+            raise BatchError("pass either one batch as keywords or a non-empty batches=[...]")
+        served = [self._serve(b) for b in batches]
+        seeds = [
+            derive_seed(self.options.seed, self._steps, i) for i in range(self.options.directions)
+        ]
+        losses = self._measure(served, seeds)
+        return self._finish(seeds, losses)
+
+    def _serve(self, batch: Mapping[str, Any]) -> tuple[Compiled, dict[str, Any]]:
+        compiled = self._graphs.training(batch)
+        leaves = self._graphs.leaves(batch)
+        check_bounds(compiled.bounds, leaves)
+        return compiled, leaves
+
+    def _noise(self, compiled: Compiled, seed: int) -> dict[str, torch.Tensor]:
+        """Bind the noise inputs of a graph for one direction."""
+        device = self.options.device
+        none = Terms.of(())
+        noise = {"seeds": none.seeds, "coefs": none.coefs, "scales": none.scales}
+        noise["seed"] = torch.tensor(seed, dtype=torch.int64)
+        noise["eps"] = torch.tensor(self.options.eps, dtype=torch.float32)
+        for name in compiled.program.noise.keys() - noise.keys():
+            noise[name] = compiled.keys[name]
+        return {name: t.to(device) for name, t in noise.items()}
+
+    def _measure(
+        self, served: Sequence[tuple[Compiled, dict[str, Any]]], seeds: Sequence[int]
+    ) -> list[tuple[float, float]]:
+        """Return (loss+, loss-) of every direction, each the float32 mean over the batches."""
+        sums = [[0.0, 0.0] for _ in seeds]
+        for compiled in dict.fromkeys(c for c, _ in served):
+            mine = [leaves for c, leaves in served if c is compiled]
+            program = compiled.program
+            noises = [self._noise(compiled, seed) for seed in seeds]
+            frames = [program.frame(leaves, noise) for noise in noises for leaves in mine]
+            results = program.run(frames, self._weights.fetch, self._weights.fold)
+            for i, (plus, minus) in enumerate(results):
+                sums[i // len(mine)][0] += float(plus)
+                sums[i // len(mine)][1] += float(minus)
+        self._weights.settle()
+        n = len(served)
+        return [(to_float32(p / n), to_float32(m / n)) for p, m in sums]
+
+    def _finish(
+        self, seeds: Sequence[int], losses: Sequence[tuple[float, float]]
+    ) -> torch.Tensor:
+        """Turn the losses into pending terms and a record."""
+        o, n = self.options, len(seeds)
+        finite = all(math.isfinite(x) for pair in losses for x in pair)
+        if not finite and o.on_nan == "raise":
+            raise LossError(
+                f"step {self._steps}: loss+ and loss- are {losses}. The weights are as before the "
+                f"step. Lower lr or eps, check the batch, or pass on_nan='skip'."
+            )
+        grads = [(plus - minus) / (2 * o.eps) for plus, minus in losses]
+        if finite:
+            scale = to_float32(1 - self._lr * o.weight_decay)
+            terms = [
+                (seed, to_float32(-self._lr * g / n), scale if i == 0 else 1.0)
+                for i, (seed, g) in enumerate(zip(seeds, grads, strict=True))
+            ]
+            self._weights.owe(Terms.of(terms))
+        plus = to_float32(sum(p for p, _ in losses) / n)
+        minus = to_float32(sum(m for _, m in losses) / n)
+        directions = tuple(
+            Direction(s, p, m, g) for s, (p, m), g in zip(seeds, losses, grads, strict=True)
+        )
+        self.last = StepRecord(
+            self._steps, seeds[0], plus, minus, sum(grads) / n, self._lr, not finite, directions
+        )
+        self._steps += 1
+        return torch.tensor((plus + minus) / 2, dtype=torch.float32)
+
+    def evaluate(self, **batch: Any) -> Any:
+        """Run the model at its current weights through the same machinery, without noise.
+
+        Returns
+        -------
+        The model's own output (for transformers: loss if the batch has labels, logits and
+        so on). With a `loss_fn`, an :class:`zograph.Evaluation` of loss and output; its loss
+        is None where the batch fits the model but not `loss_fn`.
+        """
+        self.synchronize()
+        loss_fn = self.options.loss_fn
+        bare = loss_fn is not None and not fits(loss_fn, batch)
+        compiled = self._graphs.evaluation(batch, None if bare else loss_fn)
+        leaves = self._graphs.leaves(batch)
+        check_bounds(compiled.bounds, leaves)
+        frames = [compiled.program.frame(leaves, {})]
+        (results,) = compiled.program.run(frames, self._weights.fetch, self._weights.fold)
+        out = self._graphs.output(compiled, results)
+        return Evaluation(None, out) if bare else out
+
+    def synchronize(self) -> None:
+        """Fold every pending update into the model's parameters."""
+        self._weights.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the model's state dict with every update in it."""
+        self.synchronize()
+        return dict(self.model.state_dict())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model as transformers does (or as safetensors), whole or not at all.
+
+        Raises
+        ------
+        OSError
+            If the folder cannot be written; nothing half-written stays behind.
+        """
+        self.synchronize()
+        save_pretrained(self.model, Path(folder))
+
+    def draw(self, path: str | Path, *, fold: bool = True) -> Path:
+        """Draw the graph of the last used capture; see :func:`zograph.viz.draw`."""
+        return viz.draw(self.graph, path, fold=fold)
+
+
+def to_float32(value: float) -> float:
+    """Round to the nearest float32."""
+    return float(torch.tensor(value, dtype=torch.float64).to(torch.float32))
+
+
+def fits(function: Callable[..., Any], batch: Mapping[str, Any]) -> bool:
+    """Whether ``function(model, **batch)`` has all its arguments."""
+    try:
+        inspect.signature(function).bind(None, **batch)
+    except TypeError:
+        return False
+    return True
+
+
+def warn_of_eval_mode(model: nn.Module) -> None:
+    """Say once that steps run in eval mode, where that changes the model's function."""
+    active = [
+        name or type(m).__name__
+        for name, m in model.named_modules()
+        if m.training
+        and (
+            (isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0)
+            or isinstance(m, nn.modules.batchnorm._BatchNorm)
+        )
+    ]
+    if active:
+        warnings.warn(
+            f"steps run in eval mode: dropout and batch norm ({active[0]} and {len(active) - 1} "
+            f"more) behave as in evaluation. model.training itself is left as it is.",
+            stacklevel=4,
+        )
