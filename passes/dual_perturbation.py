@@ -16,7 +16,6 @@ from zograph.ir import (
     KEY,
     Branch,
     Kind,
-
     annotate,
     call,
     evaluate,
@@ -69,7 +68,7 @@ class DualPerturbation(Pass):
     def apply(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         if placeholders(gm, Kind.NOISE):
             return PassResult(gm, False, ("the graph has its two branches already",))
-        loss = output(gm).args[0][0]  # type: ignore[index, union-attr]
+        loss = output(gm).args[0][0]  # type: ignore[index]
         if not info(gm).has_loss or not isinstance(loss, fx.Node) or meta(loss).hoisted:
             raise PassError(
                 "dual_perturbation: the loss depends on no trainable parameter, so both branches "
@@ -96,13 +95,16 @@ class Branches:
             if params[str(meta(n).name)].trainable
         }
         self.device = next(iter(self.trainable)).meta["val"].device
-        self.common = [self.noise_input(name, dtype, shape) for name, dtype, shape in (
-            ("seeds", torch.int64, (terms,)),
-            ("coefs", torch.float32, (terms,)),
-            ("scales", torch.float32, (terms,)),
-            ("seed", torch.int64, ()),
-            ("eps", torch.float32, ()),
-        )]
+        self.common = [
+            self.noise_input(name, dtype, shape)
+            for name, dtype, shape in (
+                ("seeds", torch.int64, (terms,)),
+                ("coefs", torch.float32, (terms,)),
+                ("scales", torch.float32, (terms,)),
+                ("seed", torch.int64, ()),
+                ("eps", torch.float32, ()),
+            )
+        ]
         self.copies: dict[Branch, dict[fx.Node, fx.Node]] = {"+": {}, "-": {}}
         self.perturbed: dict[tuple[fx.Node, int, Branch], fx.Node] = {}
         self.keys: dict[int, fx.Node] = {}
@@ -190,5 +192,3 @@ class Branches:
                 module=meta(user).module,
             )
         return made
-
-

@@ -12,7 +12,6 @@ from torch._inductor import standalone_compile
 
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
 
-
 # Inductor would gather all materialize calls ahead of the matmuls that use them; the graph's
 # own order lets perturbed copies die young.
 KEEP_ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False}

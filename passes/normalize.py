@@ -16,13 +16,13 @@ from zograph.ir import (
     call,
     evaluate,
     info,
-    is_shape,
     meta,
     op_name,
     output,
     placeholders,
 )
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
+from zograph.randomness import is_random
 
 aten = torch.ops.aten
 
@@ -148,8 +148,8 @@ def share_sizes(gm: fx.GraphModule) -> int:
     for source in placeholders(gm, Kind.INPUT):
         val = source.meta["val"]
         for dim, size in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
-            expr = size.node.expr if isinstance(size, torch.SymInt) else None
-            if expr is None or not expr.is_symbol or expr not in exprs or expr in readers:
+            expr = expression(size)
+            if expr not in exprs or not expr.is_symbol or expr in readers:
                 continue
             old = [n for n in source.users if n.target is aten.sym_size.int and n.args[1] == dim]
             if old:
@@ -169,6 +169,11 @@ def share_sizes(gm: fx.GraphModule) -> int:
     return replaced
 
 
+def expression(size: Any) -> Any:
+    """Return the sympy expression of a symbolic size, None of a fixed one."""
+    return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
 def reject_random(gm: fx.GraphModule) -> None:
     """Refuse operators that draw random numbers: the two branches must see the same function."""
     for node in gm.graph.nodes:
@@ -179,20 +184,6 @@ def reject_random(gm: fx.GraphModule) -> None:
                 f"eval mode. The losses of the two branches would differ by the draw. Remove it "
                 f"or make the numbers an input of the batch."
             )
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether the node draws random numbers (attention with dropout_p = 0 does not)."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    for i, argument in enumerate(target._schema.arguments):
-        if argument.name == "dropout_p":
-            given = node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-            return given != 0.0
-    return True
 
 
 def merge_repeated(gm: fx.GraphModule) -> int:
@@ -226,7 +217,7 @@ def reduce_loss_in_float32(gm: fx.GraphModule) -> int:
     they reduce (logits, say) are cast before the reduction.
     """
     out = output(gm)
-    loss = out.args[0][0] if info(gm).has_loss else None  # type: ignore[index, union-attr]
+    loss = out.args[0][0] if info(gm).has_loss else None  # type: ignore[index]
     if not isinstance(loss, fx.Node) or loss.meta["val"].dtype not in NARROW:
         return 0
     end: list[fx.Node] = []

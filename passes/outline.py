@@ -43,10 +43,9 @@ class Outline(Pass):
     def apply(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         stages: dict[int, list[fx.Node]] = {}
         for node in gm.graph.nodes:
-            stage = meta(node).stage
-            if stage is not None and meta(node).kind == Kind.OP:
-                if node.op != "call_module" and meta(node).source != "outline":
-                    stages.setdefault(stage, []).append(node)
+            record = meta(node)
+            if record.stage is not None and record.kind == Kind.OP and record.source != "outline":
+                stages.setdefault(record.stage, []).append(node)
         bodies: dict[Any, str] = {}
         for stage, nodes in stages.items():
             outline_stage(gm, stage, nodes, bodies)

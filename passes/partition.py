@@ -99,15 +99,13 @@ def label_blocks(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
             at = inside[at]
         return chain
 
-    chosen: set[str] = set()
+    chosen: dict[str, None] = {}
     for container in repeated:  # outermost first: a stack lists outer modules first
         above = [c for c in outer_of(container) if c in repeated]
         blocked = any(c in chosen for c in above)
-        better_inside = container not in uniform and any(
-            container in outer_of(c) for c in uniform
-        )
+        better_inside = container not in uniform and any(container in outer_of(c) for c in uniform)
         if not blocked and not better_inside:
-            chosen.add(container)
+            chosen[container] = None
     return {n: b for c in chosen for b, found in repeated[c].items() for n in found}
 
 
@@ -161,7 +159,8 @@ def number_stages(
     Nodes outside blocks join the gap behind the last block that reaches them; casts and
     views of weights, which nothing but weights reaches, join their first user.
     """
-    position = {label: i for i, label in enumerate(dict.fromkeys(labels.values()))}
+    in_order = dict.fromkeys(labels[n] for n in nodes if n in labels)
+    position = {label: i for i, label in enumerate(in_order)}
     slot: dict[fx.Node, int] = {}  # block i -> 2 i + 1, the gap behind it -> 2 i + 2
     for node in nodes:
         before = [slot[s] for s in node.all_input_nodes if s in slot]
@@ -177,9 +176,7 @@ def number_stages(
 
     edges = nx.DiGraph()
     edges.add_nodes_from(sorted(set(slot.values())))
-    edges.add_edges_from(
-        (slot[s], slot[n]) for n in nodes for s in n.all_input_nodes if s in slot
-    )
+    edges.add_edges_from((slot[s], slot[n]) for n in nodes for s in n.all_input_nodes if s in slot)
     edges.remove_edges_from(nx.selfloop_edges(edges))
     merged = nx.condensation(edges)
     least = {c: min(merged.nodes[c]["members"]) for c in merged}
@@ -227,7 +224,7 @@ def gap_name(slot: int, blocks: int) -> str:
 def in_stage_order(gm: fx.GraphModule, stage_of: dict[fx.Node, int]) -> None:
     """Reorder the nodes by stage, keeping the old order within a stage."""
     nodes = [n for n in gm.graph.nodes if n in stage_of]
-    ordered = sorted(nodes, key=lambda n: (0 if meta(n).stage is None else stage_of[n]))
+    ordered = sorted(nodes, key=lambda n: 0 if meta(n).stage is None else stage_of[n])
     if ordered != nodes:
         out = gm.graph.output_node()
         for node in ordered:

@@ -13,7 +13,7 @@ import inspect
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,20 @@ class Capture:
     constants: dict[str, torch.Tensor]
     env: ShapeEnv
     """Holds the guards that export and compilation put on the symbols."""
+    _admitted: dict[tuple[int, ...], bool] = field(default_factory=dict)
 
     def admits(self, sizes: Mapping[str, int]) -> bool:
         """Whether a batch with these sizes satisfies every range and guard of the graph."""
         if not all(low <= sizes[s] <= high for s, (low, high) in self.ranges.items()):
             return False
         values = {symbol: sizes[name] for name, symbol in self.symbols.items()}
-        return all(g.expr.xreplace(values) != sympy.false for g in self.env.guards)
+        if any(values[symbol] != sizes[name] for name, symbol in self.symbols.items()):
+            return False  # export found that two dimensions must be equal
+        key = (len(self.env.guards), *values.values())
+        if key not in self._admitted:
+            holds = (g.expr.xreplace(values) != sympy.false for g in self.env.guards)
+            self._admitted[key] = all(holds)
+        return self._admitted[key]
 
 
 def parameter_table(model: nn.Module) -> dict[str, ParamInfo]:
@@ -206,7 +213,7 @@ def _fake_copy(
     twin.eval()
     for module in twin.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "use_cache", False) is True:
+        if config is not None and getattr(config, "use_cache", False) is True:
             config.use_cache = False
     return twin
 
@@ -222,9 +229,10 @@ def _user_line(error: BaseException) -> str:
 
 
 def _export(traced: _Traced, batch: dict[str, Any], sig: Signature) -> torch.export.ExportedProgram:
-    dims = {s: torch.export.Dim(s, min=2) for s in sig.symbols()}
+    # AUTO infers ranges but may also fix a dimension in silence: _symbols looks for that.
+    auto = torch.export.Dim.AUTO
     shapes = [
-        {d: dims[s] for d, s in enumerate(leaf.sizes) if isinstance(s, str)} or None
+        {d: auto for d, s in enumerate(leaf.sizes) if isinstance(s, str)} or None
         for leaf in sig.leaves
     ]
     spec = pytree.tree_structure(batch)
@@ -371,8 +379,8 @@ def _restore_base(gm: fx.GraphModule, base: Mapping[str, torch.dtype]) -> None:
             continue
         with gm.graph.inserting_before(next(n for n in gm.graph.nodes if n.op != "placeholder")):
             cast = gm.graph.call_function(torch.ops.aten._to_copy.default, (node,))
-        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
-        cast.kwargs = {"dtype": val.dtype}
+        node.replace_all_uses_with(cast)
+        cast.args, cast.kwargs = (node,), {"dtype": val.dtype}
         cast.meta["val"] = val
         cast.meta[KEY] = NodeMeta(source=f"capture<{node.name}")
         with val.fake_mode:

@@ -80,7 +80,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     if chosen.type not in ("cpu", "cuda"):
         raise OptionError(f"device={device!r} is not supported; use 'cpu' or 'cuda'.")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"device={device!r} is not there: {torch.cuda.device_count()} CUDA devices.")
+        raise OptionError(
+            f"device={device!r} is not there: {torch.cuda.device_count()} CUDA devices."
+        )
     return chosen
-
-

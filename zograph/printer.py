@@ -80,9 +80,7 @@ def around(gm: fx.GraphModule, node: fx.Node, lines: int = 3) -> str:
     if at is None:
         return f"    {node.name} is not in this graph"
     window = range(max(0, at - lines), min(len(printed), at + lines + 1))
-    return "\n".join(
-        ("--> " if i == at else "    ") + _clip(printed[i][1]) for i in window
-    )
+    return "\n".join(("--> " if i == at else "    ") + _clip(printed[i][1]) for i in window)
 
 
 def summary(gm: fx.GraphModule) -> Counter[str]:

@@ -58,11 +58,6 @@ class Signature:
     spec: str
     leaves: tuple[Leaf, ...]
 
-    def symbols(self) -> tuple[str, ...]:
-        """Names of the symbolic dimensions, in order of appearance."""
-        sizes = [size for leaf in self.leaves for size in leaf.sizes if isinstance(size, str)]
-        return tuple(dict.fromkeys(sizes))
-
     def __str__(self) -> str:
         def show(leaf: Leaf) -> str:
             if leaf.dtype is None:

@@ -193,9 +193,7 @@ class ZOStep:
         n = len(served)
         return [(to_float32(p / n), to_float32(m / n)) for p, m in sums]
 
-    def _finish(
-        self, seeds: Sequence[int], losses: Sequence[tuple[float, float]]
-    ) -> torch.Tensor:
+    def _finish(self, seeds: Sequence[int], losses: Sequence[tuple[float, float]]) -> torch.Tensor:
         """Turn the losses into pending terms and a record."""
         o, n = self.options, len(seeds)
         finite = all(math.isfinite(x) for pair in losses for x in pair)

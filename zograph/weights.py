@@ -46,9 +46,7 @@ class Weights:
     changes between steps, in place or by a new parameter, are seen.
     """
 
-    def __init__(
-        self, model: nn.Module, table: Mapping[str, ParamInfo], distribution: str
-    ) -> None:
+    def __init__(self, model: nn.Module, table: Mapping[str, ParamInfo], distribution: str) -> None:
         self.model = model
         self.table = table
         self.distribution = distribution

@@ -1,0 +1,67 @@
+"""Numerics contract 1: the compiled step against an eager loop, architecture by architecture."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+import zograph
+from tests.reference import Reference
+from tests.zoo import TIES, ZOO, batch, build, loss_fn
+
+SHAPES = [(4, 16), (2, 9), (1, 12), (3, 16)]
+STEPS = 50
+CASES = [(name, tie) for name in ZOO for tie in ((True, False) if name in TIES else (True,))]
+EPS, LR = 1e-3, 1e-3
+
+
+def check_contract(name: str, tie: bool, backend: str, steps: int) -> None:
+    model = build(name, tie=tie)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    probe = Reference(copy.deepcopy(model), loss_fn(name), eps=EPS)  # at the step's own weights
+    replay = Reference(copy.deepcopy(model), loss_fn(name), eps=EPS)  # fed the recorded gradients
+    step = zograph.compile(
+        model, loss_fn=loss_fn(name), lr=LR, eps=EPS, weight_decay=0.1, backend=backend
+    )
+    for i in range(steps):
+        data = batch(name, *SHAPES[i % len(SHAPES)], seed=i)
+        step.synchronize()
+        probe.model.load_state_dict(model.state_dict())
+        step(**data)
+        record = step.last
+        assert record is not None
+        assert record.step == i
+        plus, minus = probe.losses(data, record.seed)
+        assert record.loss_plus == pytest.approx(plus, rel=1e-5)  # (a)
+        assert record.loss_minus == pytest.approx(minus, rel=1e-5)
+        reference = (plus - minus) / (2 * EPS)
+        assert abs(record.projected_grad - reference) <= 1e-5 * abs(plus) / EPS  # (c)
+        replay.update(record.seed, -LR * record.projected_grad, 1 - LR * 0.1)
+    step.synchronize()
+    for (n, p), q in zip(model.named_parameters(), replay.model.parameters(), strict=True):
+        moved = (q - start[n]).norm()
+        assert (p - q).norm() <= 1e-6 * (q.norm() + moved), n  # (b)
+        assert moved > 0, n
+
+
+@pytest.mark.parametrize(("name", "tie"), CASES)
+def test_eager(name: str, tie: bool) -> None:
+    check_contract(name, tie, "eager", STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tie"), CASES)
+def test_inductor(name: str, tie: bool) -> None:
+    check_contract(name, tie, "inductor", STEPS)
+
+
+def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that perturbs with another seed than it records is noticed."""
+    honest = zograph.step.derive_seed
+    monkeypatch.setattr(
+        Reference, "noise", lambda self, n, s: zograph.noise(n, self.trainable[n].shape, s + 1)
+    )
+    assert honest(0, 0, 0) != honest(0, 1, 0)
+    with pytest.raises(AssertionError):
+        check_contract("mlp", True, "eager", 2)

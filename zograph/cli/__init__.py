@@ -1,0 +1,60 @@
+"""The command line: one module per subcommand.
+
+A module of a subcommand has ``add_parser(subparsers)``, which sets ``run`` as the default of
+its parser, a function from the parsed arguments to the exit code. Such a module imports
+torch and transformers inside functions only, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from zograph.cli import draw, finetune
+from zograph.errors import ZographError
+
+#: The subcommands, in the order in which ``--help`` lists them; a new one is added here.
+COMMANDS = (finetune, draw)
+
+USER_ERROR = 2
+"""Exit code when an input is at fault; nothing was written."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``zograph`` with every subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="zograph", description="Zeroth-order fine-tuning of PyTorch models on their graphs."
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv
+        The arguments, ``sys.argv[1:]`` by default.
+
+    Returns
+    -------
+    int
+        0; 1 if a result could not be confirmed; 2 after one message if an input is at fault;
+        130 if interrupted.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except ZographError as error:
+        print(f"zograph {args.command}: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"zograph {args.command}: interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED

