@@ -20,7 +20,10 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import UserError
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
@@ -56,8 +59,9 @@ class Capture:
     ranges: dict[str, tuple[int, float]]
     """For each symbolic dimension of the signature, the sizes that the graph admits."""
     constants: dict[str, torch.Tensor]
-    env: ShapeEnv
-    """Holds the guards that export and compilation put on the symbols."""
+    guards: tuple[sympy.Basic, ...]
+    """What export demands of the symbols. What Inductor assumes at the hints is not among
+    it, since it tells so only on a cold cache (docs/decisions/002-hints.md)."""
     _admitted: dict[tuple[int, ...], bool] = field(default_factory=dict)
 
     def admits(self, sizes: Mapping[str, int]) -> bool:
@@ -67,10 +71,9 @@ class Capture:
         values = {symbol: sizes[name] for name, symbol in self.symbols.items()}
         if any(values[symbol] != sizes[name] for name, symbol in self.symbols.items()):
             return False  # export found that two dimensions must be equal
-        key = (len(self.env.guards), *values.values())
+        key = tuple(values.values())
         if key not in self._admitted:
-            holds = (g.expr.xreplace(values) != sympy.false for g in self.env.guards)
-            self._admitted[key] = all(holds)
+            self._admitted[key] = all(g.xreplace(values) != sympy.false for g in self.guards)
         return self._admitted[key]
 
 
@@ -229,17 +232,24 @@ def _user_line(error: BaseException) -> str:
 
 
 def _export(traced: _Traced, batch: dict[str, Any], sig: Signature) -> torch.export.ExportedProgram:
-    # AUTO infers ranges but may also fix a dimension in silence: _symbols looks for that.
-    auto = torch.export.Dim.AUTO
+    """Export with one named dimension per symbol, its range narrowed where export asks for it."""
+    dims: dict[str, Any] = {}
     shapes = [
-        {d: auto for d, s in enumerate(leaf.sizes) if isinstance(s, str)} or None
+        {d: dims.setdefault(s, Dim(s, min=2)) for d, s in enumerate(leaf.sizes) if isinstance(s, str)}
         for leaf in sig.leaves
     ]
-    spec = pytree.tree_structure(batch)
-    dynamic = pytree.tree_unflatten(shapes, spec)
+    tree = pytree.tree_structure(batch)
+    dynamic: Any = (pytree.tree_unflatten([s or None for s in shapes], tree),)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ep = torch.export.export(traced, (batch,), dynamic_shapes=(dynamic,), strict=False)
+        try:
+            ep = torch.export.export(traced, (batch,), dynamic_shapes=dynamic, strict=False)
+        except UserError as error:
+            if "Suggested fixes" not in str(error):
+                raise
+            fixes = str(error).partition("\n\n")[0]  # what follows is no suggestion
+            dynamic = refine_dynamic_shapes_from_suggested_fixes(fixes, dynamic)
+            ep = torch.export.export(traced, (batch,), dynamic_shapes=dynamic, strict=False)
         ops = [n.target for n in ep.graph.nodes if n.op == "call_function"]
         if any(isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable for op in ops):
             ep = ep.run_decompositions({})  # functionalise, keep composite operators
@@ -321,6 +331,7 @@ def _finish(
     constants: dict[str, torch.Tensor] = {}
     leaves = iter(sig.leaves)
     base: dict[str, torch.dtype] = {}
+    tied: dict[str, fx.Node] = {}
     for node, spec in zip(placeholders(gm), signature.input_specs, strict=True):
         target = (spec.target or "").removeprefix("model.")
         match spec.kind:
@@ -328,6 +339,10 @@ def _finish(
                 name = first_names[id(own[target])]
                 node.meta[KEY] = NodeMeta(Kind.PARAMETER, name, source="capture")
                 base[node.name] = own[target].dtype
+                first = tied.setdefault(name, node)
+                if first is not node:
+                    node.replace_all_uses_with(first)
+                    gm.graph.erase_node(node)
             case InputKind.BUFFER:
                 node.meta[KEY] = NodeMeta(Kind.BUFFER, target, source="capture")
                 base[node.name] = buffers[target].dtype
@@ -343,6 +358,7 @@ def _finish(
     out.args = (tuple(out.args[0][dropped:]),)
     for node in gm.graph.nodes:
         if node.op not in ("placeholder", "output"):
+            node.meta.setdefault("val", None)  # assertions
             stack = node.meta.get("nn_module_stack") or {}
             calls = ((key, str(cls)) for key, (_, cls) in stack.items())
             node.meta[KEY] = NodeMeta(module=tuple(calls), source=f"capture<{node.name}")
@@ -355,8 +371,8 @@ def _finish(
     symbols = _symbols(gm, sig)
     env = fake_mode(gm).shape_env
     assert env is not None
-    env.frozen = False  # guards of the compilation are to be recorded, too
-    return Capture(gm, sig, symbols, _ranges(symbols, ep), constants, env)
+    guards = tuple(guard.expr for guard in env.guards)
+    return Capture(gm, sig, symbols, _ranges(symbols, ep), constants, guards)
 
 
 def _record_outputs(record: GraphInfo, traced: _Traced) -> None:

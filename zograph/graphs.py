@@ -79,8 +79,6 @@ class Graphs:
     def _serve(self, batch: Mapping[str, Any], loss_fn: LossFn | None, *, dual: bool) -> Compiled:
         failure: CaptureError | None = None
         for signature in signatures(batch, dynamic=self.options.dynamic):
-            if signature.level == "large" and failure is not None:
-                continue  # the sequence level failed, and so would this one
             key = (signature, dual, loss_fn is None)
             found = self._known.get(key)
             if found is None:

@@ -1,4 +1,4 @@
-"""What happens around every pass: verify, time, dump, compare. Passes do none of it."""
+"""What stands around every pass: verify, time, dump, diff. Passes contain none of that."""
 
 from __future__ import annotations
 
@@ -9,93 +9,129 @@ from pathlib import Path
 
 from torch import fx
 
-from zograph import printer
-from zograph.env import setting
-from zograph.ir import info
+from zograph import env, ir, printer
 from zograph.passes.base import Pass, PassResult
 from zograph.verifier import Verifier
 
+AT_CAPTURE = ("random", "dead", "functional")
+"""Rules that hold from `normalize` on."""
+
 
 class Observers:
-    """Watches one run of a pipeline.
+    """Called around every pass of :func:`zograph.pipeline.run`.
+
+    Parameters
+    ----------
+    verify
+        Check the graph after every pass; by default unless ``ZOGRAPH_VERIFY=0``.
+    dump
+        Folder for a text, a drawing source and a diff per pass; by default ``ZOGRAPH_DUMP``.
 
     Attributes
     ----------
-    timings : list of (str, float)
-        Seconds of each pass, verification and dumps apart.
-    notes : list of str
-        What the passes said, each line headed by the pass.
+    timings
+        (pass, seconds) in order; the observers' own time is not in it.
+    history
+        (pass, canonical text) in order, ``capture`` first; empty unless dumping.
+    notes
+        (pass, message) for everything that passes reported.
+    overhead
+        Seconds spent in the observers themselves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, verify: bool | None = None, dump: str | Path | None = None) -> None:
+        folder = env.setting("ZOGRAPH_DUMP") if dump is None else dump
+        self.dump = None if folder is None else Path(folder)
+        wanted = env.setting("ZOGRAPH_VERIFY") != "0" if verify is None else verify
+        self.verifier = Verifier() if wanted else None
         self.timings: list[tuple[str, float]] = []
-        self.notes: list[str] = []
-        folder = setting("ZOGRAPH_DUMP")
-        self._dump = Dump(Path(folder)) if folder else None
-        self._verifier = None if setting("ZOGRAPH_VERIFY") == "0" else Verifier()
-        self._start = 0.0
+        self.history: list[tuple[str, str]] = []
+        self.notes: list[tuple[str, str]] = []
+        self.overhead = 0.0
+        self._counts: Counter[str] = Counter()
+        self._started = 0.0
+        self._first = True
 
     def before(self, pass_: Pass, gm: fx.GraphModule) -> None:
-        """Note the state that the pass will change."""
-        if not self.timings:
-            self._verify(gm, "capture")
-            if self._dump:
-                self._dump.write("capture", gm, None)
-        self._start = time.perf_counter()
+        """Take note of the graph that a pass is about to see; check it if it is the first."""
+        start = time.perf_counter()
+        if self._first:
+            self._first = False
+            if self.verifier is not None:
+                self.verifier.check(gm, after="capture", skip=AT_CAPTURE)
+            if self.dump is not None:
+                self.dump = fresh_folder(self.dump)
+                self._write("capture", gm, "captured")
+        self._started = time.perf_counter()
+        self.overhead += self._started - start
 
     def after(self, pass_: Pass, result: PassResult) -> None:
-        """Time, verify and dump what the pass left.
+        """Time the pass, keep its notes, dump its graph, then verify it.
 
         Raises
         ------
         VerifyError
-            If the graph breaks a rule; a dump is written first.
+            If the pass left a graph that breaks a rule. The dump of that graph is written.
         """
-        seconds = time.perf_counter() - self._start
+        start = time.perf_counter()
+        seconds = start - self._started
         self.timings.append((pass_.name, seconds))
-        self.notes += [f"{pass_.name}: {note}" for note in result.notes]
-        if self._dump:
-            self._dump.write(pass_.name, result.gm, seconds)
-        self._verify(result.gm, pass_.name)
+        self.notes += [(pass_.name, note) for note in result.notes]
+        if self.dump is not None:
+            head = f"after {pass_.name} ({1000 * seconds:.1f} ms)"
+            self._write(pass_.name, result.gm, head, result.notes)
+        if self.verifier is not None:
+            self.verifier.check(result.gm, after=pass_.name)
+        self.overhead += time.perf_counter() - start
 
-    def _verify(self, gm: fx.GraphModule, after: str) -> None:
-        if self._verifier:
-            self._verifier.check(gm, after=after)
+    def _write(
+        self, name: str, gm: fx.GraphModule, head: str, notes: tuple[str, ...] = ()
+    ) -> None:
+        from zograph import viz  # drawing pulls in graphviz; most compilations never dump
+
+        assert self.dump is not None
+        text, counts = printer.text(gm), printer.summary(gm)
+        header = [f"# {head}: {describe(self._counts, counts)}, {describe_parameters(gm)}"]
+        header += [f"# {line}" for line in op_changes(self._counts, counts)] if self.history else []
+        header += [f"# note: {note}" for note in notes]
+        before_name, before = self.history[-1] if self.history else ("nothing", "")
+        self.history.append((name, text))
+        self._counts = counts
+        stem = self.dump / f"{len(self.history) - 1:02d}_{name}"
+        diff = difflib.unified_diff(
+            before.splitlines(True), text.splitlines(True), before_name, name
+        )
+        title = "\n".join(header)
+        stem.with_suffix(".txt").write_text(f"{title}\n{text}", encoding="utf-8")
+        if len(self.history) > 1:
+            stem.with_suffix(".diff").write_text(f"{title}\n{''.join(diff)}", encoding="utf-8")
+        stem.with_suffix(".dot").write_text(viz.source(gm), encoding="utf-8")
 
 
-class Dump:
-    """Writes a text, a picture and a difference per pass into a folder."""
+def describe(before: Counter[str], after: Counter[str]) -> str:
+    """Return ``+6 -0 nodes``: how many calls came and went, by kind of call."""
+    return f"+{(after - before).total()} -{(before - after).total()} nodes"
 
-    def __init__(self, folder: Path) -> None:
+
+def op_changes(before: Counter[str], after: Counter[str]) -> list[str]:
+    """Return a line per operator whose count changed."""
+    names = sorted(n for n in before | after if before[n] != after[n])
+    return [f"{name}: {before[name]} -> {after[name]}" for name in names]
+
+
+def describe_parameters(gm: fx.GraphModule) -> str:
+    """Return ``12 trainable parameters``."""
+    count = sum(p.trainable for p in ir.info(gm).params.values())
+    return f"{count} trainable parameter{'' if count == 1 else 's'}"
+
+
+def fresh_folder(folder: Path) -> Path:
+    """Create a folder for one compilation's dumps: the folder itself, or ``run_2``... in it."""
+    if not (folder / "00_capture.txt").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        taken = [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
-        self._folder = folder / f"{max(taken, default=-1) + 1:03d}"  # one per capture
-        self._folder.mkdir()
-        self._count = 0
-        self._text = ""
-        self._ops: Counter[str] = Counter()
-
-    def write(self, name: str, gm: fx.GraphModule, seconds: float | None) -> None:
-        """Write ``NN_name.txt``, ``.dot`` and ``.diff`` (against the pass before)."""
-        from zograph import viz  # draws with graphviz, wanted here alone
-
-        text, ops = printer.text(gm), printer.summary(gm)
-        took = "" if seconds is None else f" ({seconds * 1e3:.1f} ms)"
-        added, removed = (ops - self._ops).total(), (self._ops - ops).total()
-        params = [p for p in info(gm).params.values() if p.trainable]
-        header = f"# after {name}{took}: +{added} -{removed} nodes, {len(params)} trainable tensors"
-        stem = self._folder / f"{self._count:02d}_{name}"
-        stem.with_suffix(".txt").write_text(f"{header}\n{text}")
-        stem.with_suffix(".dot").write_text(viz.dot_source(gm))
-        if self._count:
-            lines = difflib.unified_diff(
-                self._text.splitlines(), text.splitlines(), "before", "after", lineterm=""
-            )
-            changed = [
-                f"# {op}: {self._ops[op]} -> {ops[op]}"
-                for op in sorted({*ops, *self._ops})
-                if ops[op] != self._ops[op]
-            ]
-            stem.with_suffix(".diff").write_text("\n".join([header, *changed, *lines, ""]))
-        self._text, self._ops = text, ops
-        self._count += 1
+        return folder
+    number = 2
+    while (folder / f"run_{number}").exists():
+        number += 1
+    (folder / f"run_{number}").mkdir()
+    return folder / f"run_{number}"

@@ -13,13 +13,14 @@ with this parameter's key at `slot`, `seed` 0-dim int64, `eps` 0-dim float32, al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zograph import kernels
-from zograph.kernels import tiles
+from zograph.kernels import Terms, tiles
 from zograph.noise import check_distribution
 from zograph.pool import SMALL, pool
 
@@ -33,25 +34,11 @@ _SCHEMAS = {
     "materialize_rows": f"(Tensor base, Tensor index, {_TERMS}, {_TAIL}) -> (Tensor, Tensor)",
     "materialize_rows_one": f"(Tensor base, Tensor index, {_TERMS}, {_TAIL}, int sign) -> Tensor",
 }
-_library = torch.library.Library("zograph", "DEF")
 
 _Out = Tensor | None
-_Terms = tuple[Tensor, Tensor, Tensor | None]
 
 
-def _empty(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
-    if like.is_cpu:
-        return pool.empty(shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def _empty_like(base: Tensor, dtype: torch.dtype) -> Tensor:
-    if base.is_cpu and base.numel() * dtype.itemsize >= SMALL:
-        return pool.empty(base.shape, dtype)
-    return torch.empty_like(base, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def _check_terms(base: Tensor, terms: _Terms, distribution: str) -> _Terms:
+def _check_terms(base: Tensor, terms: Terms, distribution: str) -> Terms:
     """Validate what the C++ kernel would otherwise misread; return contiguous terms."""
     seeds, coefs, scales = terms
     if distribution != "normal":
@@ -65,16 +52,14 @@ def _check_terms(base: Tensor, terms: _Terms, distribution: str) -> _Terms:
         raise ValueError(f"{count} seeds but {coefs.numel()} coefs")
     if scales is not None and (scales.dtype != torch.float32 or scales.numel() != count):
         raise ValueError(f"scales must be float32[{count}], got {scales.dtype}[{scales.numel()}]")
-    if count > 1:
-        return (
-            seeds.contiguous(),
-            coefs.contiguous(),
-            None if scales is None else scales.contiguous(),
-        )
-    return terms
+    if base.is_cpu and not (seeds.is_cpu and coefs.is_cpu and (scales is None or scales.is_cpu)):
+        raise ValueError("base is on the CPU, so seeds, coefs and scales must be")
+    if count < 2:
+        return terms
+    return seeds.contiguous(), coefs.contiguous(), None if scales is None else scales.contiguous()
 
 
-def _check_probe(keys: Tensor, slot: int, seed: Tensor, eps: Tensor) -> None:
+def _check_probe(base: Tensor, keys: Tensor, slot: int, seed: Tensor, eps: Tensor) -> None:
     if keys.dtype != torch.int64 or seed.dtype != torch.int64 or eps.dtype != torch.float32:
         found = f"{keys.dtype}, {seed.dtype}, {eps.dtype}"
         raise ValueError(f"keys, seed, eps must be int64, int64, float32: got {found}")
@@ -82,195 +67,129 @@ def _check_probe(keys: Tensor, slot: int, seed: Tensor, eps: Tensor) -> None:
         raise ValueError(f"slot {slot} is not in {keys.numel()} contiguous keys")
     if seed.numel() != 1 or eps.numel() != 1:
         raise ValueError("seed and eps must hold one element each")
+    if base.is_cpu and not (keys.is_cpu and seed.is_cpu and eps.is_cpu):
+        raise ValueError("base is on the CPU, so keys, seed and eps must be")
 
 
 def _native(base: Tensor, dtype: torch.dtype) -> bool:
-    return (
-        base.is_cpu
-        and base.dtype in kernels.DTYPES
-        and dtype in kernels.DTYPES
-        and kernels.available()
-    )
+    """Whether the C++ kernel serves this base and output dtype."""
+    known = base.is_cpu and base.dtype in kernels.DTYPES and dtype in kernels.DTYPES
+    return known and kernels.available()
 
 
-def _perturb(
+def _empty(base: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """One output: from the pool if it is large and on the CPU."""
+    if index is None and (base.numel() * dtype.itemsize < SMALL or not base.is_cpu):
+        return torch.empty_like(base, dtype=dtype, memory_format=torch.contiguous_format)
+    shape = base.shape if index is None else (*index.shape, *base.shape[1:])
+    if base.is_cpu:
+        return pool.empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=base.device)
+
+
+def _run(
     base: Tensor,
-    plus: _Out,
-    minus: _Out,
-    terms: _Terms,
+    index: Tensor | None,
+    sign: int,
+    seeds: Tensor,
+    coefs: Tensor,
+    scales: Tensor,
     keys: Tensor,
     slot: int,
     seed: Tensor,
     eps: Tensor,
     dtype: torch.dtype,
     distribution: str,
-) -> None:
-    terms = _check_terms(base, terms, distribution)
-    _check_probe(keys, slot, seed, eps)
+    decay: bool,
+) -> tuple[_Out, _Out]:
+    """All four ops: rows `index` or the whole of `base`, the branch `sign` or (0) both."""
+    terms = _check_terms(base, (seeds, coefs, scales if decay else None), distribution)
+    _check_probe(base, keys, slot, seed, eps)
+    if index is not None:
+        if base.dim() < 1 or index.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"rows of a {base.dim()}-dim base by a {index.dtype} index")
+        if index.device != base.device:
+            raise ValueError(f"index is on {index.device}, base on {base.device}")
+        index = index.contiguous()
     base = base.contiguous()
+    plus = _empty(base, index, dtype) if sign >= 0 else None
+    minus = _empty(base, index, dtype) if sign <= 0 else None
     if _native(base, dtype):
         key = keys.data_ptr() + 8 * slot
-        kernels.materialize(base, plus, minus, terms, key, seed, eps, distribution)
+        kernels.perturb(base, index, plus, minus, terms, key, seed, eps, distribution)
+        return plus, minus
+    probe = (keys[slot], seed.view(()), eps.view(()))
+    if index is None:
+        tiles.perturb(base, plus, minus, terms, *probe, distribution)
     else:
-        tiles.perturb(
-            base, plus, minus, terms, keys[slot], seed.view(()), eps.view(()), distribution
-        )
+        tiles.perturb_rows(base, index, plus, minus, terms, *probe, distribution)
+    return plus, minus
 
 
-def _perturb_rows(
-    base: Tensor,
-    index: Tensor,
-    plus: _Out,
-    minus: _Out,
-    terms: _Terms,
-    keys: Tensor,
-    slot: int,
-    seed: Tensor,
-    eps: Tensor,
-    dtype: torch.dtype,
-    distribution: str,
-) -> None:
-    terms = _check_terms(base, terms, distribution)
-    _check_probe(keys, slot, seed, eps)
-    if base.dim() < 1 or index.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"rows of a {base.dim()}-dim base by a {index.dtype} index")
-    base, index = base.contiguous(), index.contiguous()
-    if _native(base, dtype):
-        key = keys.data_ptr() + 8 * slot
-        kernels.rows(base, index, plus, minus, terms, key, seed, eps, distribution)
-    else:
-        tiles.perturb_rows(
-            base, index, plus, minus, terms, keys[slot], seed.view(()), eps.view(()), distribution
-        )
+def _pick(sign: int, outs: tuple[_Out, _Out]) -> Tensor:
+    out = outs[0] if sign > 0 else outs[1]
+    assert out is not None
+    return out
 
 
-def _signed(sign: int, out: Tensor) -> tuple[_Out, _Out]:
+def _check_sign(sign: int) -> int:
     if sign not in (1, -1):
         raise ValueError(f"sign must be +1 or -1, got {sign}")
-    return (out, None) if sign > 0 else (None, out)
+    return sign
 
 
-def _materialize(
-    base: Tensor,
-    seeds: Tensor,
-    coefs: Tensor,
-    scales: Tensor,
-    keys: Tensor,
-    slot: int,
-    seed: Tensor,
-    eps: Tensor,
-    dtype: torch.dtype,
-    distribution: str,
-    decay: bool,
-) -> tuple[Tensor, Tensor]:
-    plus, minus = _empty_like(base, dtype), _empty_like(base, dtype)
-    terms = (seeds, coefs, scales if decay else None)
-    _perturb(base, plus, minus, terms, keys, slot, seed, eps, dtype, distribution)
-    return plus, minus
+def _materialize(base: Tensor, *rest: Any) -> tuple[_Out, _Out]:
+    return _run(base, None, 0, *rest)
 
 
-def _materialize_one(
-    base: Tensor,
-    seeds: Tensor,
-    coefs: Tensor,
-    scales: Tensor,
-    keys: Tensor,
-    slot: int,
-    seed: Tensor,
-    eps: Tensor,
-    dtype: torch.dtype,
-    distribution: str,
-    decay: bool,
-    sign: int,
-) -> Tensor:
-    out = _empty_like(base, dtype)
-    plus, minus = _signed(sign, out)
-    terms = (seeds, coefs, scales if decay else None)
-    _perturb(base, plus, minus, terms, keys, slot, seed, eps, dtype, distribution)
-    return out
+def _materialize_one(base: Tensor, *rest: Any) -> Tensor:
+    sign = _check_sign(rest[-1])
+    return _pick(sign, _run(base, None, sign, *rest[:-1]))
 
 
-def _materialize_rows(
-    base: Tensor,
-    index: Tensor,
-    seeds: Tensor,
-    coefs: Tensor,
-    scales: Tensor,
-    keys: Tensor,
-    slot: int,
-    seed: Tensor,
-    eps: Tensor,
-    dtype: torch.dtype,
-    distribution: str,
-    decay: bool,
-) -> tuple[Tensor, Tensor]:
-    shape = (*index.shape, *base.shape[1:])
-    plus, minus = _empty(shape, dtype, base), _empty(shape, dtype, base)
-    terms = (seeds, coefs, scales if decay else None)
-    _perturb_rows(base, index, plus, minus, terms, keys, slot, seed, eps, dtype, distribution)
-    return plus, minus
+def _materialize_rows(base: Tensor, index: Tensor, *rest: Any) -> tuple[_Out, _Out]:
+    return _run(base, index, 0, *rest)
 
 
-def _materialize_rows_one(
-    base: Tensor,
-    index: Tensor,
-    seeds: Tensor,
-    coefs: Tensor,
-    scales: Tensor,
-    keys: Tensor,
-    slot: int,
-    seed: Tensor,
-    eps: Tensor,
-    dtype: torch.dtype,
-    distribution: str,
-    decay: bool,
-    sign: int,
-) -> Tensor:
-    out = _empty((*index.shape, *base.shape[1:]), dtype, base)
-    plus, minus = _signed(sign, out)
-    terms = (seeds, coefs, scales if decay else None)
-    _perturb_rows(base, index, plus, minus, terms, keys, slot, seed, eps, dtype, distribution)
-    return out
+def _materialize_rows_one(base: Tensor, index: Tensor, *rest: Any) -> Tensor:
+    sign = _check_sign(rest[-1])
+    return _pick(sign, _run(base, index, sign, *rest[:-1]))
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., object]] = {
+    "materialize": _materialize,
+    "materialize_one": _materialize_one,
+    "materialize_rows": _materialize_rows,
+    "materialize_rows_one": _materialize_rows_one,
+}
 
 
 def _fake(rows: bool, pair: bool) -> Callable[..., object]:
     """The shape function of an op: contiguous outputs of `dtype` on `base`'s device."""
-    at = 9 if rows else 8  # position of dtype
 
-    def fake(base: Tensor, *rest: object) -> object:
-        index, dtype = rest[0], rest[at - 1]
-        assert isinstance(dtype, torch.dtype)
-        shape: tuple[int, ...] = tuple(base.shape)
-        if rows:
-            assert isinstance(index, Tensor)
-            shape = (*index.shape, *base.shape[1:])
-        if pair:
-            return (
-                torch.empty(shape, dtype=dtype, device=base.device),
-                torch.empty(shape, dtype=dtype, device=base.device),
-            )
-        return torch.empty(shape, dtype=dtype, device=base.device)
+    def fake(base: Tensor, *rest: Any) -> object:
+        shape = (*rest[0].shape, *base.shape[1:]) if rows else tuple(base.shape)
+        dtype = rest[8] if rows else rest[7]
+        outs = [torch.empty(shape, dtype=dtype, device=base.device) for _ in range(1 + pair)]
+        return tuple(outs) if pair else outs[0]
 
     return fake
 
 
 def _register() -> None:
-    implementations: dict[str, Callable[..., object]] = {
-        "materialize": _materialize,
-        "materialize_one": _materialize_one,
-        "materialize_rows": _materialize_rows,
-        "materialize_rows_one": _materialize_rows_one,
-    }
+    library = torch.library.Library("zograph", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name, schema in _SCHEMAS.items():
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
         for key in ("CPU", "CUDA"):
-            _library.impl(name, implementations[name], key)
+            library.impl(name, _IMPLEMENTATIONS[name], key)  # type: ignore[no-untyped-call]
         # No derivative and no autograd bookkeeping: the dispatcher goes straight to the kernel.
-        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
         fake = _fake("rows" in name, not name.endswith("one"))
-        torch.library.register_fake(f"zograph::{name}", fake, lib=_library)
+        torch.library.register_fake(f"zograph::{name}", fake, lib=library)
+    _libraries.append(library)
 
 
+_libraries: list[torch.library.Library] = []  # a Library unregisters its ops when it dies
 _register()
 
 
@@ -314,7 +233,7 @@ def fold_(
     True
     """
     where = base.device
-    given: _Terms = (seeds.to(where), coefs.to(where), scales.to(where) if decay else None)
+    given: Terms = (seeds.to(where), coefs.to(where), scales.to(where) if decay else None)
     terms = _check_terms(base, given, distribution)
     if seeds.numel() == 0:
         return

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.types import Storage
 
 __all__ = ["Pool", "pool"]
 
@@ -33,7 +32,7 @@ class _Slot:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         # torch's CPU allocator aligns to 64 bytes.
-        self.storage: Storage = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+        self.storage = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
         self.used = time.monotonic()
 
     def free(self) -> bool:
@@ -99,7 +98,7 @@ class Pool:
         with self._lock:
             slot = self._find(need) or self._make(need)
             slot.used = time.monotonic()
-            out.set_(slot.storage, 0, tuple(shape), tuple(strides))  # type: ignore[call-overload]
+            out.set_(slot.storage, 0, tuple(shape), tuple(strides))
             self._ticks += 1
             if self._ticks % 256 == 0:
                 self._drop_idle(slot.used - self.idle_seconds)

@@ -5,7 +5,7 @@ differ from batch to batch, or a fixed number. These levels are tried in this or
 batch is served by the first whose capture succeeds and whose guards admit its sizes:
 
 ``sequence``  batch and sequence dimensions are symbols;
-``large``     the same, captured at larger sizes (compilers guard on some thresholds);
+``short``     the same, captured at smaller sizes, for models with few positions;
 ``batch``     only the batch dimension is a symbol;
 ``static``    every size is fixed.
 
@@ -24,12 +24,13 @@ from torch.utils import _pytree as pytree
 
 from zograph.errors import BatchError
 
-Level = Literal["sequence", "large", "batch", "static"]
-LEVELS: tuple[Level, ...] = ("sequence", "large", "batch", "static")
+Level = Literal["sequence", "short", "batch", "static"]
+LEVELS: tuple[Level, ...] = ("sequence", "short", "batch", "static")
 
-# Primes, so that no product of them meets a size of the model by chance.
-HINTS = (5, 37, 29, 23, 19, 17, 13)
-LARGE_HINTS = (67, 139, 137, 131, 127, 113, 109)
+# Batch, then sequences. Primes, so that no product of them meets a size of the model by
+# chance; large, so that the compiler optimises for sizes worth optimising.
+HINTS = (67, 139, 137, 131, 127, 113, 109)
+SHORT_HINTS = (5, 37, 29, 23, 19, 17, 13)
 
 Size = int | str
 
@@ -72,7 +73,7 @@ def hint(size: Size, level: Level) -> int:
     """Return the stand-in for a size: itself if fixed, else the symbol's fixed hint."""
     if isinstance(size, int):
         return size
-    hints = LARGE_HINTS if level == "large" else HINTS
+    hints = SHORT_HINTS if level == "short" else HINTS
     return hints[0 if size == "batch" else 1 + int(size.removeprefix("seq"))]
 
 
@@ -125,7 +126,7 @@ def signatures(batch: Mapping[str, Any], *, dynamic: bool = True) -> Iterator[Si
             for path, x in leaves
         )
         symbolic = any(isinstance(s, str) for leaf in found for s in leaf.sizes)
-        if found not in seen or (level == "large" and symbolic):
+        if found not in seen or (level == "short" and symbolic):
             seen.add(found)
             yield Signature(level, str(spec), found)
 

@@ -16,10 +16,13 @@ from torch import Tensor
 from zograph.env import setting
 from zograph.kernels.build import KernelBuildError, build
 
-__all__ = ["DTYPES", "available", "fill", "fold", "materialize", "reason", "rows"]
+__all__ = ["DTYPES", "available", "fill", "fold", "perturb", "reason"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Base and output dtypes the kernels know, with their codes in noise.cpp."""
+
+Terms = tuple[Tensor, Tensor, Tensor | None]
+"""seeds int64[r], coefs float32[r], scales float32[r] or None for no decay."""
 
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
@@ -76,82 +79,45 @@ def reason() -> str | None:
     return _reason
 
 
-def materialize(
+def perturb(
     base: Tensor,
+    index: Tensor | None,
     plus: Tensor | None,
     minus: Tensor | None,
-    terms: tuple[Tensor, Tensor, Tensor | None],
+    terms: Terms,
     key: int,
     seed: Tensor,
     eps: Tensor,
     distribution: str,
 ) -> None:
-    """Write base + terms +/- eps z into `plus` and `minus` (either may be None).
+    """Write base + terms +/- eps z into `plus` and `minus` (one of them may be None).
 
     Parameters
     ----------
+    index : Tensor or None
+        int64 or int32: the rows of `base` to do; None: all of it.
     terms : (seeds, coefs, scales)
         int64[r], float32[r], float32[r] or None for no decay.
     key : int
         Address of the int64 key.
-    """
-    assert _library is not None
-    out = plus if plus is not None else minus
-    assert out is not None
-    seeds, coefs, scales = terms
-    _library.zg_materialize(
-        base.data_ptr(),
-        plus.data_ptr() if plus is not None else None,
-        minus.data_ptr() if minus is not None else None,
-        DTYPES[base.dtype],
-        DTYPES[out.dtype],
-        base.numel(),
-        seeds.data_ptr(),
-        coefs.data_ptr(),
-        scales.data_ptr() if scales is not None else None,
-        seeds.numel(),
-        key,
-        seed.data_ptr(),
-        eps.data_ptr(),
-        distribution == "normal",
-        torch.get_num_threads(),
-    )
-
-
-def rows(
-    base: Tensor,
-    index: Tensor,
-    plus: Tensor | None,
-    minus: Tensor | None,
-    terms: tuple[Tensor, Tensor, Tensor | None],
-    key: int,
-    seed: Tensor,
-    eps: Tensor,
-    distribution: str,
-) -> None:
-    """`materialize` for the rows `index` (int64 or int32) of `base` only.
 
     Raises
     ------
     IndexError
-        If an index is out of range; nothing is written.
+        If a row index is out of range; nothing is written.
     """
     assert _library is not None
     out = plus if plus is not None else minus
     assert out is not None
     seeds, coefs, scales = terms
-    height = base.shape[0]
-    bad = _library.zg_rows(
+    outs = (
         base.data_ptr(),
         plus.data_ptr() if plus is not None else None,
         minus.data_ptr() if minus is not None else None,
         DTYPES[base.dtype],
         DTYPES[out.dtype],
-        index.data_ptr(),
-        index.dtype == torch.int32,
-        index.numel(),
-        height,
-        base.numel() // height if height else 0,
+    )
+    rest = (
         seeds.data_ptr(),
         coefs.data_ptr(),
         scales.data_ptr() if scales is not None else None,
@@ -162,14 +128,19 @@ def rows(
         distribution == "normal",
         torch.get_num_threads(),
     )
+    if index is None:
+        _library.zg_materialize(*outs, base.numel(), *rest)
+        return
+    height = base.shape[0]
+    width = base.numel() // height if height else 0
+    narrow = index.dtype == torch.int32
+    bad = _library.zg_rows(*outs, index.data_ptr(), narrow, index.numel(), height, width, *rest)
     if bad >= 0:
-        row = int(index.reshape(-1)[bad])
+        row = int(index.view(-1)[bad])
         raise IndexError(f"row index {row} is out of range for a tensor of {height} rows")
 
 
-def fold(
-    base: Tensor, terms: tuple[Tensor, Tensor, Tensor | None], key: int, distribution: str
-) -> None:
+def fold(base: Tensor, terms: Terms, key: int, distribution: str) -> None:
     """Apply the terms to `base` in place; `key` is the key itself."""
     assert _library is not None
     seeds, coefs, scales = terms

@@ -9,12 +9,14 @@ makes casts round where eager rounds; for C++ Inductor contracts nothing by defa
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zograph.kernels import Terms
 from zograph.noise import noise_at, stream_words
 
 __all__ = ["TILE", "apply_terms_", "can_compile", "perturb", "perturb_rows"]
@@ -22,8 +24,6 @@ __all__ = ["TILE", "apply_terms_", "can_compile", "perturb", "perturb_rows"]
 TILE = 1 << 17
 WIDE_TILE = 1 << 23
 """CUDA only: the tile of large tensors, where launches of `TILE` would dominate."""
-
-Terms = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _work_dtype(base: torch.dtype) -> torch.dtype:
@@ -67,13 +67,7 @@ def _both_(
 
 def can_compile(device: torch.device) -> bool:
     """Return whether torch.compile can make kernels for `device`."""
-    if device.type == "cpu":
-        return True
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return device.type == "cpu" or importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

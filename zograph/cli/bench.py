@@ -1,0 +1,186 @@
+"""`zograph bench step`: the compiled step against two forwards and a plain MeZO step."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from zograph.cli.inputs import InputError, integer
+from zograph.cli.output import check_file
+
+SHAPES: dict[str, dict[str, int]] = {
+    "opt-125m": {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "heads": 12},
+    "opt-350m": {"hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "heads": 16},
+    "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "heads": 32},
+}
+"""Published sizes of OPT (arXiv 2205.01068, table 1); the weights are random."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the subcommand."""
+    bench: argparse.ArgumentParser = subparsers.add_parser("bench", help="measure this machine")
+    kinds = bench.add_subparsers(dest="kind", metavar="KIND", required=True)
+    parser = kinds.add_parser(
+        "step",
+        help="a step against two forwards and a plain MeZO step",
+        description="Time two eager forwards, a plain MeZO step and the zograph step, "
+        "alternating in one run, at random weights; then compile times in fresh processes.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--model", default="opt-125m", help=f"{', '.join(SHAPES)} or a folder")
+    parser.add_argument("--batch", type=integer(1), default=4, metavar="B", help="rows")
+    parser.add_argument("--seq", type=integer(2), default=64, metavar="S", help="tokens a row")
+    parser.add_argument("--threads", type=integer(1), default=2, metavar="N")
+    parser.add_argument("--repeats", type=integer(1), default=7, metavar="N", help="of each")
+    parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
+    parser.add_argument("--no-compile-times", action="store_true", help="only time the steps")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand."""
+    if args.json:
+        check_file(args.json)
+    result = measure_steps(args)
+    print_steps(result)
+    if not args.no_compile_times:
+        result["compile"] = measure_compile(args)
+        print_compile(result["compile"])
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def build(name: str, layers: int | None = None) -> Any:
+    """Build a model of a published shape, or of a folder's config, with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig
+
+    if name in SHAPES:
+        shape = dict(SHAPES[name])
+        heads = shape.pop("heads")
+        config = OPTConfig(
+            **shape, num_attention_heads=heads, word_embed_proj_dim=shape["hidden_size"]
+        )
+    elif Path(name).is_dir():
+        config = AutoConfig.from_pretrained(name)
+    else:
+        raise InputError(f"--model {name}: no folder; known shapes are {', '.join(SHAPES)}")
+    if layers:
+        config.num_hidden_layers = layers
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def make_batch(model: Any, rows: int, length: int) -> dict[str, Any]:
+    """Return random tokens with labels."""
+    import torch
+
+    ids = torch.randint(3, model.config.vocab_size, (rows, length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
+    """Time the three contestants, alternating; report medians, ratios and peak memory."""
+    import torch
+
+    import zograph
+    from zograph.cli.contest import Contest
+
+    torch.set_num_threads(args.threads)
+    model = build(args.model)
+    batch = make_batch(model, args.batch, args.seq)
+    step = zograph.compile(model, lr=1e-7, device="cpu", backend=args.backend)
+    result = Contest(model, batch, step).run(args.repeats)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {
+        "model": args.model,
+        "batch": args.batch,
+        "seq": args.seq,
+        "threads": args.threads,
+        "dtype": "float32",
+        "backend": step.options.backend,
+        "torch": torch.__version__,
+        "weights_bytes": weights,
+        **result,
+    }
+
+
+def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
+    """Time `prepare` in fresh processes: cold, with a warm cache, and at twice the depth."""
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        layers = SHAPES[args.model]["num_hidden_layers"] if args.model in SHAPES else 12
+        cold = child(args, layers, one)
+        return {
+            "layers": layers,
+            "cold": cold,
+            "warm": child(args, layers, one),
+            "double_depth": child(args, 2 * layers, two),
+        }
+
+
+def child(args: argparse.Namespace, layers: int, cache: str) -> dict[str, Any]:
+    """Compile in a process of its own with its own Inductor cache."""
+    code = f"from zograph.cli.bench import report_compile as r; r({vars(args)!r}, {layers})"
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+    code = code.replace("PosixPath", "str")
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise InputError(f"the compile benchmark failed:\n{done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def report_compile(options: dict[str, Any], layers: int) -> None:
+    """Print the compile times of one model as JSON; runs in a child process."""
+    import time
+
+    import torch
+
+    import zograph
+    from zograph import printer
+
+    torch.set_num_threads(options["threads"])
+    model = build(options["model"], layers)
+    batch = make_batch(model, options["batch"], options["seq"])
+    start = time.perf_counter()
+    step = zograph.compile(model, device="cpu", backend=options["backend"])
+    step.prepare(**batch)
+    total = time.perf_counter() - start
+    bodies = len(printer.bodies(step.graph))
+    print(json.dumps({"seconds": total, "bodies": bodies, "passes": step.compile_seconds}))
+
+
+def print_steps(result: dict[str, Any]) -> None:
+    """Print the table of step times."""
+    print(
+        f"{result['model']} {result['batch']}x{result['seq']} tokens, {result['dtype']}, "
+        f"{result['threads']} threads, backend {result['backend']}"
+    )
+    print(f"{'':24}{'median s':>10}{'of two forwards':>17}{'peak over weights':>19}")
+    for name, row in result["contestants"].items():
+        peak = row["peak_bytes"]
+        shown = "?" if peak is None else f"{peak / 2**20:.0f} MiB"
+        print(f"{name:24}{row['median']:10.3f}{row['ratio']:17.2f}{shown:>19}")
+
+
+def print_compile(result: dict[str, Any]) -> None:
+    """Print the compile times and the ratios that matter."""
+    cold, warm, deep = (result[k] for k in ("cold", "warm", "double_depth"))
+    front = sum(s for name, s in cold["passes"].items() if name != "lower")
+    print(
+        f"compile {cold['seconds']:.1f} s cold (capture and passes {front:.1f} s, "
+        f"{cold['bodies']} bodies), {warm['seconds']:.1f} s with a warm cache "
+        f"({warm['seconds'] / cold['seconds']:.2f}x)"
+    )
+    print(
+        f"{2 * result['layers']} layers against {result['layers']}: {deep['seconds']:.1f} s "
+        f"({deep['seconds'] / cold['seconds']:.2f}x), {deep['bodies']} bodies"
+    )

@@ -1,0 +1,220 @@
+"""The rules on a graph's form: whole, typed, functional, nothing dead, values that agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+
+from zograph import ir, printer
+from zograph.replay import difference
+from zograph.rules_step import branches, facts, hoisted, paired, stages
+from zograph.verifier import Fault, Rule, Scope
+
+OFF = {"train": False, "training": False, "dropout_p": 0.0, "dropout": 0.0, "p": 0.0}
+"""Arguments whose value switches an operator's randomness off."""
+
+
+def lint(scope: Scope) -> Iterator[Fault]:
+    """Nodes belong to the graph, stand in order, have names of their own and real targets."""
+    try:
+        scope.gm.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        message = str(error).splitlines()[0]
+        node = next((n for n in scope.nodes if f"'{n.name}'" in message), None)
+        yield Fault(node, "a graph that torch.fx accepts", message, "insert a node before its uses")
+
+
+def output(scope: Scope) -> Iterator[Fault]:
+    """There is one output, the last node, and it returns a tuple of nodes."""
+    outputs = [n for n in scope.nodes if n.op == "output"]
+    if len(outputs) != 1 or scope.nodes[-1] is not outputs[0]:
+        found = f"{len(outputs)} outputs" if len(outputs) != 1 else "nodes behind the output"
+        yield Fault(None, "one output node, the last", found, "return all results in one tuple")
+    elif not isinstance(outputs[0].args[0], (tuple, list)):
+        advice = "set output.args = ((loss, ...),)"
+        yield Fault(outputs[0], "a tuple, the loss first", "a single value", advice)
+
+
+def metadata(scope: Scope) -> Iterator[Fault]:
+    """Every node has a value and a record; placeholders say what they bind, once each."""
+    advice = "make nodes with zograph.ir.call, or copy node.meta"
+    bound: set[tuple[ir.Kind, str | None]] = set()
+    for node in scope.nodes:
+        if node.op == "output":
+            continue
+        if "val" not in node.meta and node.op != "get_attr":
+            yield Fault(node, 'a fake value in node.meta["val"]', "none", advice)
+        record = node.meta.get(ir.KEY)
+        if not isinstance(record, ir.NodeMeta):
+            if node.op != "get_attr":
+                yield Fault(node, 'a NodeMeta in node.meta["zograph"]', repr(record), advice)
+        elif node.op == "placeholder" and scope.top:
+            binds = (record.kind, record.name)
+            if record.name is None or record.kind in (ir.Kind.OP, ir.Kind.STAGE, ir.Kind.OUTPUT):
+                found = f"kind {record.kind}, name {record.name}"
+                advice = "make placeholders with zograph.ir.placeholder"
+                yield Fault(node, "a placeholder's kind and the name it binds", found, advice)
+            elif binds in bound:
+                yield Fault(node, "one placeholder per name", f"{record.name} twice", "share it")
+            bound.add(binds)
+
+
+def arity(scope: Scope) -> Iterator[Fault]:
+    """Calls of operators have the arguments that their schemas name."""
+    for node in scope.calls:
+        if not isinstance(node.target, OpOverload):
+            continue
+        positional, names, required = _schema(node.target)
+        given = set(names[: len(node.args)]) | set(node.kwargs)
+        if len(node.args) > positional:
+            found = f"{len(node.args)} positional arguments"
+        elif unknown := sorted(set(node.kwargs) - set(names)):
+            found = f"an unknown argument {unknown[0]}"
+        elif twice := sorted(set(names[: len(node.args)]) & set(node.kwargs)):
+            found = f"{twice[0]} given twice"
+        elif missing := [n for n in required if n not in given]:
+            found = f"no argument {missing[0]}"
+        else:
+            continue
+        yield Fault(node, str(node.target._schema), found, "pass what the schema names")
+
+
+def functional(scope: Scope) -> Iterator[Fault]:
+    """No operator writes to its arguments, so no write can move across a read."""
+    for node in scope.calls:
+        if isinstance(node.target, OpOverload) and _is_mutable(node.target):
+            advice = "use the functional form of the operator; writes belong to the runtime"
+            yield Fault(node, "a functional graph", f"{ir.op_name(node)} writes in place", advice)
+        if node.op == "call_method":
+            yield Fault(node, "calls of operators", "a method call", "call the ATen operator")
+
+
+def random(scope: Scope) -> Iterator[Fault]:
+    """No operator draws from a generator: equal calls would be merged, order would matter."""
+    for node in scope.calls:
+        if isinstance(node.target, OpOverload) and _is_random(node):
+            advice = "use a zograph:: noise operator, which is a pure function of its seed"
+            found = f"{ir.op_name(node)} draws from a generator"
+            yield Fault(node, "no bare random operator", found, advice)
+
+
+def dead(scope: Scope) -> Iterator[Fault]:
+    """Every call without effects is used."""
+    for node in scope.nodes:
+        if node.op == "placeholder" or node.op == "output" or node.users:
+            continue
+        if not node.is_impure(impure_random=False):
+            advice = "call gm.graph.eliminate_dead_code() at the end of the pass"
+            yield Fault(node, "a use of every value", "no user", advice)
+
+
+def values(scope: Scope) -> Iterator[Fault]:
+    """Every value is what a fake replay of the call gives."""
+    for node in scope.calls:
+        if isinstance(node.target, HigherOrderOperator) or scope.replay.known(node):
+            continue
+        try:
+            expected = scope.replay.result(node)
+        except Exception as error:  # noqa: BLE001  (an operator may raise anything; it is shown)
+            message = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            yield Fault(node, "a call that its arguments allow", message, "mend the arguments")
+            continue
+        found = node.meta["val"]
+        if (what := difference(expected, found)) is not None:
+            texts = scope.type(expected), scope.type(found)
+            if what in ("stride", "device"):
+                texts = tuple(f"{t} of {what} {_detail(v, what)}" for t, v in
+                              zip(texts, (expected, found), strict=True))  # fmt: skip
+            advice = (
+                "recompute it: node.meta['val'] = ir.evaluate(node.target, node.args, node.kwargs)"
+            )
+            yield Fault(node, texts[0], f"{texts[1]} (another {what})", advice)
+        scope.replay.remember(node)
+
+
+def calls_of_bodies(scope: Scope) -> Iterator[Fault]:
+    """Stage calls pass what the body's placeholders expect and carry what it returns."""
+    for node in scope.nodes:
+        body = printer.body_of(scope.gm, node)
+        if body is None or scope.replay.known(node):
+            continue
+        inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+        if len(inputs) != len(node.args) or node.kwargs:
+            found = f"{len(node.args)} arguments, {len(node.kwargs)} of them by keyword"
+            advice = "pass one positional argument per placeholder of the body"
+            yield Fault(node, f"{len(inputs)} arguments", found, advice)
+            continue
+        want = [n.meta["val"] for n in inputs]
+        result = ir.value(ir.output(body).args[0])
+        advice = "share a body between stages of equal structure only"
+        for i, (expected, found) in enumerate(zip(want, ir.value(node.args), strict=True)):
+            if (what := difference(expected, found)) is not None:
+                texts = scope.type(expected), scope.type(found)
+                where = f"argument {i} of type"
+                yield Fault(
+                    node, f"{where} {texts[0]}", f"{texts[1]} (another {what})", advice
+                )
+        if (what := difference(tuple(result), node.meta["val"])) is not None:
+            texts = scope.type(tuple(result)), scope.type(node.meta["val"])
+            yield Fault(node, f"results {texts[0]}", f"{texts[1]} (another {what})", advice)
+        scope.replay.remember(node)
+
+
+@cache
+def _schema(target: OpOverload) -> tuple[int, list[str], list[str]]:
+    """How many arguments may be positional, all names in order, names without default."""
+    arguments = target._schema.arguments
+    positional = sum(not a.kwarg_only for a in arguments)
+    required = [a.name for a in arguments if not a.has_default_value()]
+    return positional, [a.name for a in arguments], required
+
+
+@cache
+def _is_mutable(target: OpOverload) -> bool:
+    return bool(target._schema.is_mutable)
+
+
+@cache
+def _draws(target: OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _is_random(node: fx.Node) -> bool:
+    assert isinstance(node.target, OpOverload)
+    if not _draws(node.target):
+        return False
+    arguments = node.target._schema.arguments
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
+    return not any(name in given and given[name] == off for name, off in OFF.items())
+
+
+def _detail(val: Any, what: str) -> object:
+    if not isinstance(val, torch.Tensor):
+        return "?"
+    return tuple(val.stride()) if what == "stride" else val.device
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("lint", lint),
+    Rule("output", output),
+    Rule("metadata", metadata),
+    Rule("arity", arity),
+    Rule("functional", functional),
+    Rule("random", random),
+    Rule("dead", dead),
+    Rule("values", values),
+    Rule("stage calls", calls_of_bodies),
+    Rule("branches", branches),
+    Rule("paired noise", paired),
+    Rule("hoisted", hoisted),
+    Rule("stages", stages, top_only=True),
+    Rule("facts", facts, top_only=True),
+)
+"""The default table of :class:`zograph.verifier.Verifier`."""
+
