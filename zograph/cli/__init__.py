@@ -11,11 +11,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from zograph.cli import draw, finetune
+from zograph.cli import bench, draw, finetune
 from zograph.errors import ZographError
 
 #: The subcommands, in the order in which ``--help`` lists them; a new one is added here.
-COMMANDS = (finetune, draw)
+COMMANDS = (finetune, draw, bench)
 
 USER_ERROR = 2
 """Exit code when an input is at fault; nothing was written."""
