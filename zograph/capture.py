@@ -235,7 +235,11 @@ def _export(traced: _Traced, batch: dict[str, Any], sig: Signature) -> torch.exp
     """Export with one named dimension per symbol, its range narrowed where export asks for it."""
     dims: dict[str, Any] = {}
     shapes = [
-        {d: dims.setdefault(s, Dim(s, min=2)) for d, s in enumerate(leaf.sizes) if isinstance(s, str)}
+        {
+            d: dims.setdefault(s, Dim(s, min=2))
+            for d, s in enumerate(leaf.sizes)
+            if isinstance(s, str)
+        }
         for leaf in sig.leaves
     ]
     tree = pytree.tree_structure(batch)

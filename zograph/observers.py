@@ -84,9 +84,7 @@ class Observers:
             self.verifier.check(result.gm, after=pass_.name)
         self.overhead += time.perf_counter() - start
 
-    def _write(
-        self, name: str, gm: fx.GraphModule, head: str, notes: tuple[str, ...] = ()
-    ) -> None:
+    def _write(self, name: str, gm: fx.GraphModule, head: str, notes: tuple[str, ...] = ()) -> None:
         from zograph import viz  # drawing pulls in graphviz; most compilations never dump
 
         assert self.dump is not None
@@ -105,7 +103,7 @@ class Observers:
         stem.with_suffix(".txt").write_text(f"{title}\n{text}", encoding="utf-8")
         if len(self.history) > 1:
             stem.with_suffix(".diff").write_text(f"{title}\n{''.join(diff)}", encoding="utf-8")
-        stem.with_suffix(".dot").write_text(viz.source(gm), encoding="utf-8")
+        stem.with_suffix(".dot").write_text(viz.dot_source(gm), encoding="utf-8")
 
 
 def describe(before: Counter[str], after: Counter[str]) -> str:

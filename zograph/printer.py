@@ -11,6 +11,7 @@ torch.fx gives to nodes, so a rewrite that leaves the graph equal leaves the tex
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -180,7 +181,7 @@ class Printer:
 
     def _base_name(self, node: fx.Node) -> str:
         if node.op == "placeholder":
-            return ir.meta(node).name or node.name
+            return re.sub(r"\['([^']*)'\]", r".\1", ir.meta(node).name or node.name).lstrip(".")
         if node.op == "call_module":
             return "stage"
         target = node.target

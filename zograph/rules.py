@@ -41,7 +41,7 @@ def output(scope: Scope) -> Iterator[Fault]:
 
 
 def metadata(scope: Scope) -> Iterator[Fault]:
-    """Every node has a value and a record; placeholders say what they bind, once each."""
+    """Every node has a value and a record; placeholders say what they bind."""
     advice = "make nodes with zograph.ir.call, or copy node.meta"
     bound: set[tuple[ir.Kind, str | None]] = set()
     for node in scope.nodes:
@@ -61,7 +61,8 @@ def metadata(scope: Scope) -> Iterator[Fault]:
                 yield Fault(node, "a placeholder's kind and the name it binds", found, advice)
             elif binds in bound:
                 yield Fault(node, "one placeholder per name", f"{record.name} twice", "share it")
-            bound.add(binds)
+            elif record.kind in (ir.Kind.INPUT, ir.Kind.NOISE):  # tied weights may come twice
+                bound.add(binds)
 
 
 def arity(scope: Scope) -> Iterator[Fault]:
@@ -126,10 +127,10 @@ def values(scope: Scope) -> Iterator[Fault]:
             continue
         found = node.meta["val"]
         if (what := difference(expected, found)) is not None:
-            texts = scope.type(expected), scope.type(found)
+            texts = [scope.type(expected), scope.type(found)]
             if what in ("stride", "device"):
-                texts = tuple(f"{t} of {what} {_detail(v, what)}" for t, v in
-                              zip(texts, (expected, found), strict=True))  # fmt: skip
+                values = zip(texts, (expected, found), strict=True)
+                texts = [f"{t} of {what} {_detail(v, what)}" for t, v in values]
             advice = (
                 "recompute it: node.meta['val'] = ir.evaluate(node.target, node.args, node.kwargs)"
             )
@@ -156,9 +157,7 @@ def calls_of_bodies(scope: Scope) -> Iterator[Fault]:
             if (what := difference(expected, found)) is not None:
                 texts = scope.type(expected), scope.type(found)
                 where = f"argument {i} of type"
-                yield Fault(
-                    node, f"{where} {texts[0]}", f"{texts[1]} (another {what})", advice
-                )
+                yield Fault(node, f"{where} {texts[0]}", f"{texts[1]} (another {what})", advice)
         if (what := difference(tuple(result), node.meta["val"])) is not None:
             texts = scope.type(tuple(result)), scope.type(node.meta["val"])
             yield Fault(node, f"results {texts[0]}", f"{texts[1]} (another {what})", advice)
@@ -217,4 +216,3 @@ RULES: tuple[Rule, ...] = (
     Rule("facts", facts, top_only=True),
 )
 """The default table of :class:`zograph.verifier.Verifier`."""
-

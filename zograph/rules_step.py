@@ -117,8 +117,8 @@ def facts(scope: Scope) -> Iterator[Fault]:
         for node in scope.calls:
             if node.target is not operator.getitem and not ir.is_shape(node):
                 advice = "give the node a stage before outline, or take the fact back"
-                found = f"a call of {ir.op_name(node)}"
-                yield Fault(node, "stage calls and size arithmetic only", found, advice)
+                called = f"a call of {ir.op_name(node)}"
+                yield Fault(node, "stage calls and size arithmetic only", called, advice)
 
 
 def _parameters(scope: Scope) -> Iterator[Fault]:
@@ -186,5 +186,3 @@ def _argument(node: fx.Node, name: str) -> Any:
         if argument.name == name:
             return node.args[i] if i < len(node.args) else node.kwargs.get(name)
     return None
-
-

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from zograph import viz
 from zograph.bounds import check_bounds
 from zograph.capture import Evaluation, parameter_table
 from zograph.errors import BatchError, LossError
@@ -263,6 +262,8 @@ class ZOStep:
 
     def draw(self, path: str | Path, *, fold: bool = True) -> Path:
         """Draw the graph of the last used capture; see :func:`zograph.viz.draw`."""
+        from zograph import viz  # graphviz is wanted here alone
+
         return viz.draw(self.graph, path, fold=fold)
 
 

@@ -25,9 +25,9 @@ def two_blocks() -> fx.GraphModule:
     weights = [(b.param(f"layers.{i}.w", (4, 4)), b.param(f"layers.{i}.bias", (4,))) for i in "01"]
     ids, scale = b.input("ids", (3,), torch.int64), b.input("scale", (3, 1))
     x = b.call(aten.embedding.default, table, ids)
+    gate = b.call(aten.relu.default, scale, module=block("layers.0"))
     for i, (w, bias) in enumerate(weights):
         stack = block(f"layers.{i}")
-        gate = b.call(aten.relu.default, scale, module=stack) if i == 0 else gate
         x = b.call(aten.linear.default, x, w, bias, module=stack)
         x = b.call(aten.mul.Tensor, x, gate, module=stack)
     head = b.call(aten.linear.default, x, table)

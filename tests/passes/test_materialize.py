@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
-
 from tests.passes.graphs import ready_for, two_blocks
 from tests.passes.test_dual_perturbation import bind_keys
 from zograph import printer

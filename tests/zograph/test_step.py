@@ -236,7 +236,9 @@ def test_rademacher() -> None:
     assert step.last is not None
     move = 1e-2 * abs(step.last.projected_grad)
     for n, p in model.named_parameters():
-        torch.testing.assert_close((p - before[n]).abs(), torch.full_like(p, move), rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(
+            (p - before[n]).abs(), torch.full_like(p, move), rtol=1e-2, atol=1e-6
+        )
 
 
 def test_training_learns() -> None:

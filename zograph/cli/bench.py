@@ -63,7 +63,7 @@ def build(name: str, layers: int | None = None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig
 
     if name in SHAPES:
-        shape = dict(SHAPES[name])
+        shape: dict[str, Any] = dict(SHAPES[name])
         heads = shape.pop("heads")
         config = OPTConfig(
             **shape, num_attention_heads=heads, word_embed_proj_dim=shape["hidden_size"]
@@ -75,7 +75,7 @@ def build(name: str, layers: int | None = None) -> Any:
     if layers:
         config.num_hidden_layers = layers
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
 
 
 def make_batch(model: Any, rows: int, length: int) -> dict[str, Any]:

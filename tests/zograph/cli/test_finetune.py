@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from zograph.cli import main
 from zograph.cli.batches import IGNORED, Encoded, collate, in_order, padded_length, shuffled
 from zograph.cli.inputs import InputError
