@@ -234,16 +234,13 @@ def _user_line(error: BaseException) -> str:
 def _export(traced: _Traced, batch: dict[str, Any], sig: Signature) -> torch.export.ExportedProgram:
     """Export with one named dimension per symbol, its range narrowed where export asks for it."""
     dims: dict[str, Any] = {}
+    for leaf in sig.leaves:
+        dims |= {s: Dim(s, min=2) for s in leaf.sizes if isinstance(s, str) and s not in dims}
     shapes = [
-        {
-            d: dims.setdefault(s, Dim(s, min=2))
-            for d, s in enumerate(leaf.sizes)
-            if isinstance(s, str)
-        }
+        {d: dims[s] for d, s in enumerate(leaf.sizes) if isinstance(s, str)} or None
         for leaf in sig.leaves
     ]
-    tree = pytree.tree_structure(batch)
-    dynamic: Any = (pytree.tree_unflatten([s or None for s in shapes], tree),)
+    dynamic: Any = (pytree.tree_unflatten(shapes, pytree.tree_structure(batch)),)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -7,8 +7,8 @@ the output dtype.  A float64 base is computed in float64 from the same float32 z
 
 All four ops are functional.  Outputs are contiguous; on the CPU they come from `zograph.pool`.
 Shared arguments: `seeds` int64[r], `coefs` and `scales` float32[r] (r may be 0), `keys` int64[P]
-with this parameter's key at `slot`, `seed` 0-dim int64, `eps` 0-dim float32, all on `base`'s device;
-`dtype` of the outputs; `decay=False` takes every scale as 1.
+with this parameter's key at `slot`, `seed` 0-dim int64, `eps` 0-dim float32, all on the device of
+`base`; `dtype` of the outputs; `decay=False` takes every scale as 1.
 """
 
 from __future__ import annotations

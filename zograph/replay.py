@@ -1,4 +1,4 @@
-"""Fake replay: does the value that a node carries follow from those of its arguments?
+"""Fake replay: whether the value of a node follows from those of its arguments.
 
 Costs are kept down twice. A node with the target, arguments and value objects of an earlier
 check is skipped; a call whose arguments only look like those of an earlier one (same dtypes,

@@ -409,14 +409,16 @@ def test_bad_models() -> None:
         zograph.compile(frozen, loss_fn=xy_loss)
     mixed = nn.Linear(2, 2)
     mixed.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(ModelError, match="'phase' is trainable but torch.complex64"):
+    with pytest.raises(ModelError, match=r"'phase' is trainable but torch.complex64"):
         zograph.compile(mixed, loss_fn=xy_loss)
 
 
 def test_bad_batches() -> None:
     _, step = compiled("bert")
     data = batch("bert", 4, 9)
-    with pytest.raises(BatchError, match="takes no 'atention_mask'. Did you mean 'attention_mask'"):
+    with pytest.raises(
+        BatchError, match=r"takes no 'atention_mask'. Did you mean 'attention_mask'"
+    ):
         step(input_ids=data["input_ids"], atention_mask=data["attention_mask"])
     with pytest.raises(BatchError, match="holds 7, but the classes of the loss takes 0 to 1"):
         step(**data | {"labels": torch.full((4,), 7)})
@@ -432,7 +434,7 @@ def test_bad_batches() -> None:
 def test_a_model_without_a_loss() -> None:
     _, step = compiled("bert")
     data = batch("bert", 4, 9)
-    with pytest.raises(CaptureError, match="no loss .*labels="):
+    with pytest.raises(CaptureError, match=r"no loss .*labels="):
         step(input_ids=data["input_ids"])
     model = nn.Linear(3, 2)
     step = zograph.compile(model, backend="eager")

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from zograph import ir
 from zograph.capture import capture
+from zograph.errors import CaptureError
 from zograph.ir import KEY, GraphInfo, Kind, NodeMeta, ParamInfo
 from zograph.noise import parameter_key
 from zograph.signature import signatures
@@ -93,10 +94,16 @@ def capture_function(
     Raises
     ------
     CaptureError
-        If the model cannot be captured with dynamic batch and sequence sizes.
+        If the model cannot be captured at any level.
     """
-    signature = next(iter(signatures(batch)))
-    return capture(model, batch, signature, loss_fn=loss_fn).gm
+    failure: CaptureError | None = None
+    for signature in signatures(batch):
+        try:
+            return capture(model, batch, signature, loss_fn=loss_fn).gm
+        except CaptureError as error:
+            failure = error
+    assert failure is not None
+    raise failure
 
 
 def random_inputs(gm: fx.GraphModule, seed: int = 0) -> list[Any]:
