@@ -6,7 +6,9 @@ import os
 
 TABLE = {
     "ZOGRAPH_CACHE": "folder for compiled kernels (default: $XDG_CACHE_HOME/zograph)",
+    "ZOGRAPH_DUMP": "folder for a text, a drawing source and a diff of the graph after every pass",
     "ZOGRAPH_KERNELS": "off: do not compile the C++ kernels, use the torch definition",
+    "ZOGRAPH_VERIFY": "0: do not check the graph after every pass (default: check)",
 }
 
 

@@ -10,13 +10,15 @@ import zograph
 from tests.reference import Reference
 from tests.zoo import TIES, ZOO, batch, build, loss_fn
 
-SHAPES = [(4, 16), (2, 9), (1, 12), (3, 16)]
+SHAPES = [(4, 16), (2, 9), (3, 16)]
+ONE_ROW = (1, 12)  # a graph of its own: export fixes sizes of 1
 STEPS = 50
 CASES = [(name, tie) for name in ZOO for tie in ((True, False) if name in TIES else (True,))]
 EPS, LR = 1e-3, 1e-3
 
 
-def check_contract(name: str, tie: bool, backend: str, steps: int) -> None:
+def check_contract(name: str, tie: bool, backend: str, steps: int = STEPS) -> None:
+    shapes = [*SHAPES, ONE_ROW] if backend == "eager" or name in ("opt", "cnn") else SHAPES
     model = build(name, tie=tie)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     probe = Reference(copy.deepcopy(model), loss_fn(name), eps=EPS)  # at the step's own weights
@@ -25,7 +27,7 @@ def check_contract(name: str, tie: bool, backend: str, steps: int) -> None:
         model, loss_fn=loss_fn(name), lr=LR, eps=EPS, weight_decay=0.1, backend=backend
     )
     for i in range(steps):
-        data = batch(name, *SHAPES[i % len(SHAPES)], seed=i)
+        data = batch(name, *shapes[i % len(shapes)], seed=i)
         step.synchronize()
         probe.model.load_state_dict(model.state_dict())
         step(**data)
@@ -47,13 +49,13 @@ def check_contract(name: str, tie: bool, backend: str, steps: int) -> None:
 
 @pytest.mark.parametrize(("name", "tie"), CASES)
 def test_eager(name: str, tie: bool) -> None:
-    check_contract(name, tie, "eager", STEPS)
+    check_contract(name, tie, "eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "tie"), CASES)
 def test_inductor(name: str, tie: bool) -> None:
-    check_contract(name, tie, "inductor", STEPS)
+    check_contract(name, tie, "inductor")
 
 
 def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
