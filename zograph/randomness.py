@@ -1,20 +1,23 @@
-"""Which operators draw random numbers."""
+"""Which calls draw random numbers."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
+OFF = {"train": False, "training": False, "dropout_p": 0.0, "dropout": 0.0, "p": 0.0}
+"""Arguments whose value switches an operator's randomness off."""
+
 
 def is_random(node: fx.Node) -> bool:
-    """Whether the node draws random numbers (attention with dropout_p = 0 does not)."""
+    """Whether the call draws from a generator (inactive dropout does not)."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
     if torch.Tag.nondeterministic_seeded not in target.tags:
         return False
-    for i, argument in enumerate(target._schema.arguments):
-        if argument.name == "dropout_p":
-            given = node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-            return bool(given != 0.0)
-    return True
+    names = [argument.name for argument in target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    given = defaults | given
+    return not any(name in given and given[name] == off for name, off in OFF.items())

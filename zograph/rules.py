@@ -7,16 +7,13 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from zograph import ir, printer
+from zograph.randomness import is_random
 from zograph.replay import difference
 from zograph.rules_step import branches, facts, hoisted, paired, stages
 from zograph.verifier import Fault, Rule, Scope
-
-OFF = {"train": False, "training": False, "dropout_p": 0.0, "dropout": 0.0, "p": 0.0}
-"""Arguments whose value switches an operator's randomness off."""
 
 
 def lint(scope: Scope) -> Iterator[Fault]:
@@ -87,18 +84,19 @@ def arity(scope: Scope) -> Iterator[Fault]:
 
 def functional(scope: Scope) -> Iterator[Fault]:
     """No operator writes to its arguments, so no write can move across a read."""
+    for node in scope.nodes:
+        if node.op == "call_method":
+            yield Fault(node, "calls of operators", "a method call", "call the ATen operator")
     for node in scope.calls:
         if isinstance(node.target, OpOverload) and _is_mutable(node.target):
             advice = "use the functional form of the operator; writes belong to the runtime"
             yield Fault(node, "a functional graph", f"{ir.op_name(node)} writes in place", advice)
-        if node.op == "call_method":
-            yield Fault(node, "calls of operators", "a method call", "call the ATen operator")
 
 
 def random(scope: Scope) -> Iterator[Fault]:
     """No operator draws from a generator: equal calls would be merged, order would matter."""
     for node in scope.calls:
-        if isinstance(node.target, OpOverload) and _is_random(node):
+        if is_random(node):
             advice = "use a zograph:: noise operator, which is a pure function of its seed"
             found = f"{ir.op_name(node)} draws from a generator"
             yield Fault(node, "no bare random operator", found, advice)
@@ -181,16 +179,6 @@ def _is_mutable(target: OpOverload) -> bool:
 @cache
 def _draws(target: OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded in target.tags
-
-
-def _is_random(node: fx.Node) -> bool:
-    assert isinstance(node.target, OpOverload)
-    if not _draws(node.target):
-        return False
-    arguments = node.target._schema.arguments
-    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    given |= dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
-    return not any(name in given and given[name] == off for name, off in OFF.items())
 
 
 def _detail(val: Any, what: str) -> object:

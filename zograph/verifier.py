@@ -63,15 +63,21 @@ class Scope:
         """The nodes that call a function."""
         return [n for n in self.nodes if n.op == "call_function"]
 
+    @cached_property
+    def _names(self) -> printer.Printer:
+        """The names and symbols of this graph's canonical text."""
+        names = printer.Printer(self.gm)
+        for _ in names.lines(self.gm):
+            pass
+        return names
+
     def name(self, node: fx.Node) -> str:
         """The node's canonical name, for messages."""
-        names = printer.Printer(self.gm)
-        list(names.lines(self.gm))
-        return names.name(node)
+        return self._names.name(node)
 
     def type(self, val: object) -> str:
         """The text of a fake value's type, for messages."""
-        return printer.Printer(self.gm).type(val)
+        return self._names.type(val)
 
 
 Check = Callable[[Scope], Iterator[Fault]]

@@ -4,6 +4,7 @@ The pytest plugin :mod:`zograph.testing.plugin` adds the `golden` fixture and th
 ``--update-golden``.
 """
 
+from zograph.printer import summary as count_nodes
 from zograph.testing.builders import GraphBuilder, capture_function, random_inputs
 from zograph.testing.equivalence import (
     assert_equivalent,
@@ -22,6 +23,7 @@ __all__ = [
     "assert_node_delta",
     "assert_rejects",
     "capture_function",
+    "count_nodes",
     "random_inputs",
     "run_graph",
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from zograph import ir
@@ -17,6 +19,13 @@ from zograph.errors import CaptureError
 from zograph.ir import KEY, GraphInfo, Kind, NodeMeta, ParamInfo
 from zograph.noise import parameter_key
 from zograph.signature import signatures
+
+
+Size = int | str
+"""A size, or the name of a symbolic one: equal names are equal sizes."""
+
+HINTS = (5, 7, 11, 13, 17, 19, 23, 29)
+"""What symbolic sizes stand for in :func:`random_inputs`, in order of their first use."""
 
 
 class GraphBuilder:
@@ -36,6 +45,7 @@ class GraphBuilder:
         self._graph = fx.Graph()
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self._info = GraphInfo(has_loss=has_loss)
+        self._sizes: dict[str, torch.SymInt] = {}
 
     def param(
         self,
@@ -51,8 +61,10 @@ class GraphBuilder:
         self._info.params[name] = record
         return self._placeholder(name, shape, dtype, Kind.PARAMETER)
 
-    def input(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> fx.Node:
-        """Add an input of the batch."""
+    def input(
+        self, name: str, shape: Sequence[Size], dtype: torch.dtype = torch.float32
+    ) -> fx.Node:
+        """Add an input of the batch; a size may be a name: ``("batch", 3)``."""
         return self._placeholder(name, shape, dtype, Kind.INPUT)
 
     def buffer(
@@ -77,13 +89,25 @@ class GraphBuilder:
         return gm
 
     def _placeholder(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, kind: Kind
+        self, name: str, shape: Sequence[Size], dtype: torch.dtype, kind: Kind
     ) -> fx.Node:
-        node = self._graph.placeholder(name.replace(".", "_"))
+        node = self._graph.placeholder(re.sub(r"\W+", "_", name).strip("_"))
+        sizes: list[Any] = [self._symbolic(s) if isinstance(s, str) else s for s in shape]
         with self._mode:
-            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype)
+            node.meta["val"] = torch.empty(sizes, dtype=dtype)
         node.meta[KEY] = NodeMeta(kind, name, source="builder")
         return node
+
+    def _symbolic(self, name: str) -> torch.SymInt:
+        if name not in self._sizes:
+            env, source = self._mode.shape_env, ConstantSource(name)
+            assert env is not None
+            hint = HINTS[len(self._sizes)]
+            symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+            size = env.create_symintnode(symbol, hint=hint, source=source)
+            assert isinstance(size, torch.SymInt)
+            self._sizes[name] = size
+        return self._sizes[name]
 
 
 def capture_function(
