@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from zograph.bounds import Bound, find_bounds
+from zograph.bounds import Bound, check_bounds, find_bounds
 from zograph.capture import Capture, LossFn, capture, check_keys
 from zograph.errors import CaptureError
 from zograph.ir import info
@@ -131,9 +131,16 @@ class Graphs:
         captured.gm = gm
         return Compiled(captured, Program(gm), bounds, key_tables(gm), seconds)
 
-    def leaves(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the batch's leaves by path, tensors on the device."""
+    def leaves(self, compiled: Compiled, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the batch's leaves by path, tensors on the device, indices checked.
+
+        Raises
+        ------
+        BatchError
+            If an index on the CPU is outside the table that it indexes.
+        """
         pairs, _ = flatten(batch)
+        check_bounds(compiled.bounds, dict(pairs))
         device = self.options.device
         return {p: x.to(device) if isinstance(x, torch.Tensor) else x for p, x in pairs}
 

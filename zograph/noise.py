@@ -158,12 +158,12 @@ def noise_at(index: Tensor, words: Words, distribution: str) -> Tensor:
     """
     k0, k1, k2, k3 = words
     lo = index.to(torch.int32)
-    hi = (index >> 32).to(torch.int32)
+    hi = _xorshift((index >> 32).to(torch.int32) * _signed(0x9E3779B1, 32), 16)
     x = _xorshift((lo ^ k0) * _signed(0x9E3779B1, 32), 16)
     x = _xorshift((x + (k1 ^ hi)) * _signed(0x85EBCA6B, 32), 15)
     x = _xorshift(x * _signed(0xC2B2AE35, 32), 16)
     y = _xorshift((x + k2) * 0x7FEB352D, 15)
-    y = _xorshift((y ^ (k3 + hi * _signed(0x9E3779B1, 32))) * _signed(0x846CA68B, 32), 16)
+    y = _xorshift((y ^ (k3 + hi)) * _signed(0x846CA68B, 32), 16)
     if distribution == "rademacher":
         return (1 - ((y >> 30) & 2)).to(torch.float32)
     v = _xorshift((y + k1) * 0x31848BAB, 14)

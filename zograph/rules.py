@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from zograph import ir, printer
@@ -14,6 +15,23 @@ from zograph.randomness import is_random
 from zograph.replay import difference
 from zograph.rules_step import branches, facts, hoisted, paired, stages
 from zograph.verifier import Fault, Rule, Scope
+
+aten = torch.ops.aten
+
+PRODUCTS: dict[Any, int] = {
+    aten.addmm.default: 3,
+    aten.baddbmm.default: 3,
+    aten.bmm.default: 2,
+    aten.conv1d.default: 3,
+    aten.conv2d.default: 3,
+    aten.conv3d.default: 3,
+    aten.convolution.default: 3,
+    aten.linear.default: 3,
+    aten.matmul.default: 2,
+    aten.mm.default: 2,
+    aten.scaled_dot_product_attention.default: 3,
+}
+"""Operators whose first arguments, this many, must have one dtype."""
 
 
 def lint(scope: Scope) -> Iterator[Fault]:
@@ -136,6 +154,20 @@ def values(scope: Scope) -> Iterator[Fault]:
         scope.replay.remember(node)
 
 
+def dtypes(scope: Scope) -> Iterator[Fault]:
+    """Products have operands of one dtype: real kernels demand it, fake ones do not."""
+    for node in scope.calls:
+        operands = node.args[: PRODUCTS.get(node.target, 0)]
+        found = {n.meta["val"].dtype for n in operands if isinstance(n, fx.Node)}
+        if len(found) > 1:
+            text = " and ".join(sorted(str(d).removeprefix("torch.") for d in found))
+            advice = (
+                "cast one of them; with compute_dtype, pass floating inputs of the batch in that "
+                "dtype or cast them in forward"
+            )
+            yield Fault(node, "operands of one dtype", text, advice)
+
+
 def calls_of_bodies(scope: Scope) -> Iterator[Fault]:
     """Stage calls pass what the body's placeholders expect and carry what it returns."""
     for node in scope.nodes:
@@ -196,6 +228,7 @@ RULES: tuple[Rule, ...] = (
     Rule("random", random),
     Rule("dead", dead),
     Rule("values", values),
+    Rule("dtypes", dtypes),
     Rule("stage calls", calls_of_bodies),
     Rule("branches", branches),
     Rule("paired noise", paired),

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from zograph.bounds import check_bounds
 from zograph.capture import Evaluation, parameter_table
 from zograph.errors import BatchError, LossError
 from zograph.export import save_pretrained
@@ -150,6 +149,7 @@ class ZOStep:
             batches = [batch]
         elif batch or not batches:
             raise BatchError("pass either one batch as keywords or a non-empty batches=[...]")
+        self._weights.check()
         served = [self._serve(b) for b in batches]
         seeds = [
             derive_seed(self.options.seed, self._steps, i) for i in range(self.options.directions)
@@ -159,9 +159,7 @@ class ZOStep:
 
     def _serve(self, batch: Mapping[str, Any]) -> tuple[Compiled, dict[str, Any]]:
         compiled = self._graphs.training(batch)
-        leaves = self._graphs.leaves(batch)
-        check_bounds(compiled.bounds, leaves)
-        return compiled, leaves
+        return compiled, self._graphs.leaves(compiled, batch)
 
     def _noise(self, compiled: Compiled, seed: int) -> dict[str, torch.Tensor]:
         """Bind the noise inputs of a graph for one direction."""
@@ -229,12 +227,12 @@ class ZOStep:
         so on). With a `loss_fn`, an :class:`zograph.Evaluation` of loss and output; its loss
         is None where the batch fits the model but not `loss_fn`.
         """
+        self._weights.check()
         self.synchronize()
         loss_fn = self.options.loss_fn
         bare = loss_fn is not None and not fits(loss_fn, batch)
         compiled = self._graphs.evaluation(batch, None if bare else loss_fn)
-        leaves = self._graphs.leaves(batch)
-        check_bounds(compiled.bounds, leaves)
+        leaves = self._graphs.leaves(compiled, batch)
         frames = [compiled.program.frame(leaves, {})]
         (results,) = compiled.program.run(frames, self._weights.fetch, self._weights.fold)
         out = self._graphs.output(compiled, results)

@@ -59,19 +59,26 @@ class Weights:
         self._owing: set[str] = set()
 
     def fetch(self, kind: Kind, name: str) -> torch.Tensor:
-        """Return a parameter, buffer or constant by name, contiguous.
+        """Return a parameter, buffer or constant by name, contiguous."""
+        if kind == Kind.CONSTANT:
+            return self.constants[name]
+        return self._tensor(name).detach().contiguous()
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        module, attribute = self._owner[name]
+        tensor: torch.Tensor = getattr(module, attribute)
+        return tensor
+
+    def check(self) -> None:
+        """See that every parameter still is what was compiled.
 
         Raises
         ------
         ParameterChangedError
-            If a parameter's shape, dtype or trainability is no longer what was compiled.
+            If a parameter's shape, dtype or trainability has changed.
         """
-        if kind == Kind.CONSTANT:
-            return self.constants[name]
-        module, attribute = self._owner[name]
-        tensor: torch.Tensor = getattr(module, attribute)
-        if kind == Kind.PARAMETER:
-            known = self.table[name]
+        for name, known in self.table.items():
+            tensor = self._tensor(name)
             found = (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
             if found != (known.shape, known.dtype, known.trainable):
                 raise ParameterChangedError(
@@ -79,7 +86,6 @@ class Weights:
                     f"requires_grad={known.trainable}, and is now {tensor.dtype}"
                     f"{list(tensor.shape)}, requires_grad={tensor.requires_grad}. Compile again."
                 )
-        return tensor.detach().contiguous()
 
     def owe(self, terms: Terms) -> None:
         """Make one step's terms pending for every trainable parameter."""
@@ -91,10 +97,9 @@ class Weights:
         """Apply the pending terms to those of the named parameters that still owe them."""
         for name in names:
             if name in self._owing:
-                module, attribute = self._owner[name]
                 param, terms = self.table[name], self._terms
                 fold_(
-                    getattr(module, attribute),
+                    self._tensor(name),
                     terms.seeds,
                     terms.coefs,
                     terms.scales,

@@ -31,9 +31,7 @@ class Fence:
 
 def fences(text: str) -> list[Fence]:
     """Return the fenced blocks of a page, in order."""
-    return [
-        Fence(m[1], m[2], text.count("\n", 0, m.start(2)) + 1) for m in FENCE.finditer(text)
-    ]
+    return [Fence(m[1], m[2], text.count("\n", 0, m.start(2)) + 1) for m in FENCE.finditer(text)]
 
 
 def run_page(page: Path, *, update: bool = False, folder: Path | None = None) -> dict[str, Any]:
@@ -78,7 +76,9 @@ def run_page(page: Path, *, update: bool = False, folder: Path | None = None) ->
         if found != blocks[i].body:
             raise AssertionError(
                 f"{page}:{blocks[i].line} is not what the code before it prints:\n"
-                + "".join(difflib.unified_diff(_lines(blocks[i].body), _lines(found), "page", "code"))
+                + "".join(
+                    difflib.unified_diff(_lines(blocks[i].body), _lines(found), "page", "code")
+                )
                 + "If the change is meant: pytest --update-golden"
             )
     return vars(module)

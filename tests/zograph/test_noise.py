@@ -220,6 +220,63 @@ def test_lags(sample: np.ndarray, lag: int) -> None:
     assert correlation_score(sample[lag : lag + n], sample[:n]) < 5
 
 
+def far_lag_score(make: Callable[[int, int], np.ndarray]) -> float:
+    """The worst correlation of 2^18 elements with those any power of two further on."""
+    near = make(0, 1 << 18)
+    return max(correlation_score(near, make(1 << k, 1 << 18)) for k in range(18, 63))
+
+
+def test_far_lags() -> None:
+    key = parameter_key("w")
+    assert far_lag_score(lambda first, count: ours(1, key, first, count)) < 5
+    signs = [defined(1, key, at, 1 << 18, "rademacher") for at in (0, 1 << 31, 1 << 34)]
+    for a, b in itertools.combinations(signs, 2):
+        assert abs(float(torch.dot(a, b))) < 5 * 2**9
+
+
+def plain(seed: int, key: int, first: int, count: int, *, weak: bool = False) -> np.ndarray:
+    """The definition once more, in numpy's unsigned integers; `weak` leaves one product out."""
+    words = [int(w) & 0xFFFFFFFF for w in stream_words(torch.tensor(seed), torch.tensor(key))]
+    k0, k1, k2, k3 = (np.uint32(w) for w in words)
+    index = np.arange(first, first + count, dtype=np.uint64)
+    lo, high = index.astype(np.uint32), (index >> np.uint64(32)).astype(np.uint32)
+
+    def mix(x: np.ndarray, product: int, shift: int) -> np.ndarray:
+        x = x * np.uint32(product)
+        return x ^ (x >> np.uint32(shift))
+
+    hi = mix(high, 0x9E3779B1, 16)
+    x = mix(mix(lo ^ k0, 0x9E3779B1, 16) + (k1 ^ hi), 0x85EBCA6B, 15)
+    if not weak:
+        x = mix(x, 0xC2B2AE35, 16)
+    y = mix(mix(x + k2, 0x7FEB352D, 15) ^ (k3 + hi), 0x846CA68B, 16)
+    v = mix(mix(y + k1, 0x31848BAB, 14) ^ x, 0x2C1B3C6D, 17)
+    half = np.uint32(0xFFFF)
+    total = sum(((h & half) + (h >> np.uint32(16))).astype(np.int32) for h in (x, y, v))
+    t = (np.asarray(total) - 196605).astype(np.float32) * np.float32(2.15791860e-05)
+    q = t * t
+    poly = q * np.float32(3.57058025e-06)
+    for c in (-3.05405629e-05, 3.96967982e-04, 7.32545182e-03):
+        poly = (poly + np.float32(c)) * q
+    return np.asarray((poly + np.float32(0.974835217)) * t)
+
+
+def test_plain_reading_of_the_definition() -> None:
+    for first in (0, 2**32 - 500, 2**50 + 7):
+        expected = defined(-3, 99, first, 1000).numpy()
+        assert np.array_equal(plain(-3, 99, first, 1000), expected)
+        assert not np.array_equal(plain(-3, 99, first, 1000, weak=True), expected)
+
+
+def test_a_weaker_hash_fails_only_at_far_lags() -> None:
+    """Why every product stays: near by, the hash with one product fewer looks as good."""
+    near = plain(1, parameter_key("w"), 0, (1 << 20) + 4096, weak=True)
+    n = 1 << 20
+    assert max(correlation_score(near[:n], near[k : k + n]) for k in (1, 2, 16, 4096)) < 5
+    far = far_lag_score(lambda a, n: plain(1, parameter_key("w"), a, n, weak=True))
+    assert far > 20
+
+
 SEEDS = [1, 2, 2024 ^ 1, 2024 + 1, 2024 + (1 << 32), 2024 | (1 << 62), -2024]
 
 

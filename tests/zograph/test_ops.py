@@ -35,7 +35,7 @@ def terms(r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def weight(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def tail(r: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, ...]:
@@ -67,9 +67,9 @@ def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("dtypes", itertools.product(FLOATS, FLOATS), ids=str)
+@pytest.mark.parametrize("dtypes", [*itertools.product(FLOATS, FLOATS)], ids=str)
 def test_equals_reference(dtypes: tuple[torch.dtype, torch.dtype], distribution: str) -> None:
-    base = weight(211, 333, dtype=dtypes[0])
+    base = weight(61, 241, dtype=dtypes[0])  # several tiles; with terms, several threads
     for r, decay in ((0, True), (1, False), (3, True)):
         found = OPS.materialize(base, *tail(r, dtypes[1], distribution=distribution, decay=decay))
         assert same(found, reference(base, r, dtypes[1], distribution, decay))
@@ -91,9 +91,9 @@ def test_the_reference_notices_one_bit() -> None:
     assert not same((plus, minus), reference(base, 1, torch.float32))
 
 
-@pytest.mark.parametrize("r", [0, 2])
-def test_ten_million_elements_in_three_engines(r: int) -> None:
+def test_ten_million_elements_in_three_engines() -> None:
     """C++, eager tiles and compiled tiles: one answer."""
+    r = 1
     base = weight(10_000_001)
     found = OPS.materialize(base, *tail(r))
     for compiled in (False, True):
@@ -135,9 +135,9 @@ def test_rows_equal_rows_of_the_whole(dtype: torch.dtype, index_dtype: torch.dty
 @needs_kernels
 def test_rows_past_two_to_the_32() -> None:
     """A table of over 2^32 elements, of which only three rows are ever touched."""
-    width = 3_000_000
-    base = torch.empty(1500, width, dtype=torch.bfloat16)  # pages never written
-    index = torch.tensor([1431, 1432, 1499])  # 1431 * 3e6 < 2^32 < 1432 * 3e6
+    width = 300_000
+    base = torch.empty(15_000, width, dtype=torch.bfloat16)  # pages never written
+    index = torch.tensor([14316, 14317, 14999])  # 14316 * 3e5 < 2^32 < 14317 * 3e5
     base[index] = 0
     one = torch.tensor(1.0)
     plus, _ = OPS.materialize_rows(
@@ -160,7 +160,7 @@ def test_rows_out_of_range(bad: int, native: bool) -> None:
 @pytest.mark.parametrize("decay", [True, False])
 def test_pending_terms_equal_folds(decay: bool) -> None:
     """r terms at once = r folds of one term, in C++ and in torch; a narrow base folds to w."""
-    base, key = weight(123_457), int(KEYS[SLOT])
+    base, key = weight(33_457), int(KEYS[SLOT])
     pending = OPS.materialize(base, *tail(4, decay=decay))
     folded, tiled, once = base.clone(), base.clone(), base.clone()
     for j in range(4):
@@ -177,7 +177,7 @@ def test_pending_terms_equal_folds(decay: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 def test_unfolded_equals_folded_in_every_base_dtype(dtype: torch.dtype) -> None:
-    base = weight(50_001, dtype=dtype)
+    base = weight(10_001, dtype=dtype)
     pending = OPS.materialize(base, *tail(3))
     fold_(base, *terms(3), int(KEYS[SLOT]))
     assert same(OPS.materialize(base, *tail(0)), pending)
@@ -258,12 +258,14 @@ def test_registration_and_compile() -> None:
     torch.library.opcheck(OPS.materialize_one.default, (base, *tail(1), -1), test_utils=tests)
     torch.library.opcheck(OPS.materialize_rows.default, (base, index, *tail(1)), test_utils=tests)
     with FakeTensorMode() as mode:
-        fake = mode.from_tensor(base.t())
+        fake = mode.from_tensor(base).t()
         out, _ = OPS.materialize(fake, *map(_faked(mode), tail(1, torch.bfloat16)))
         assert (out.shape, out.dtype, out.stride()) == ((5, 6), torch.bfloat16, (6, 1))
 
+    rest = tail(1)
+
     def body(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        plus, minus = OPS.materialize(w, *tail(1))
+        plus, minus = OPS.materialize(w, *rest)
         return torch.relu(x @ plus) + 1, torch.relu(x @ minus) + 1
 
     x, w = weight(8, 256), weight(256, 256)
@@ -406,7 +408,7 @@ def test_ops_recycle_through_the_pool() -> None:
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("dtypes", itertools.product(FLOATS, FLOATS), ids=str)
+@pytest.mark.parametrize("dtypes", [*itertools.product(FLOATS, FLOATS)], ids=str)
 def test_cuda_equals_cpu(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     base, index = weight(1000, 1333, dtype=dtypes[0]), torch.tensor([3, 999, 3])
     there = [a.cuda() if isinstance(a, Tensor) else a for a in tail(2, dtypes[1])]

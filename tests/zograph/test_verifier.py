@@ -207,6 +207,13 @@ def impossible_call() -> fx.GraphModule:
     return gm
 
 
+@breaks("dtypes", "expected: operands of one dtype\n  found:    bfloat16 and float32")
+def mixed_dtypes() -> fx.GraphModule:
+    b = GraphBuilder()
+    x, w = b.input("x", (2, 3)), b.param("w", (4, 3), dtype=torch.bfloat16)
+    return b.build(b.call(aten.sum.default, b.call(aten.linear.default, x, w)))
+
+
 @breaks("stage calls", "expected: 11 arguments")
 def body_arguments_missing() -> fx.GraphModule:
     gm = dual("lower")

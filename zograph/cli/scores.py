@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from zograph.cli.batches import IGNORED
 
@@ -27,11 +28,14 @@ class Score:
         Share of right classes; None for a language model.
     count
         Examples, or predicted tokens.
+    loss_error
+        Standard error of the mean loss over the examples; None for a language model.
     """
 
     loss: float
     accuracy: float | None
     count: int
+    loss_error: float | None = None
 
     @property
     def error(self) -> float:
@@ -47,8 +51,9 @@ class Score:
     def __str__(self) -> str:
         if self.accuracy is None:
             return f"loss {self.loss:.4f}  perplexity {self.perplexity:.2f}  ({self.count} tokens)"
+        loss = f"loss {self.loss:.4f} +- {self.loss_error or 0.0:.4f}"
         accuracy = f"accuracy {self.accuracy:.3f} +- {self.error:.3f}"
-        return f"loss {self.loss:.4f}  {accuracy}  ({self.count} examples)"
+        return f"{loss}  {accuracy}  ({self.count} examples)"
 
     def as_dict(self) -> dict[str, float | int | None]:
         """Return the numbers for a settings file."""
@@ -66,7 +71,7 @@ class Score:
 
 def score(run: Run, batches: Iterable[dict[str, torch.Tensor]], device: torch.device) -> Score:
     """Score a model on batches whose ignored labels do not count."""
-    loss, right, count, classify = 0.0, 0, 0, True
+    loss, squares, right, count, classify = 0.0, 0.0, 0, 0, True
     for batch in batches:
         labels = batch["labels"]
         classify = labels.ndim == 1
@@ -76,5 +81,32 @@ def score(run: Run, batches: Iterable[dict[str, torch.Tensor]], device: torch.de
         loss += float(out.loss) * valid
         count += valid
         if classify:
-            right += int((out.logits.argmax(-1).cpu() == labels).sum())
-    return Score(loss / count, right / count if classify else None, count)
+            logits = out.logits.float().cpu()
+            right += int((logits.argmax(-1) == labels).sum())
+            each = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+            squares += float(each.double().square().sum())
+    mean = loss / count
+    if not classify:
+        return Score(mean, None, count)
+    return Score(mean, right / count, count, math.sqrt(max(0.0, squares / count - mean**2) / count))
+
+
+def change(before: Score, after: Score) -> str:
+    """Say how far two scores of the same examples are apart, in standard errors.
+
+    The error of a difference is taken as of two independent samples, which overstates it:
+    the examples are the same.
+    """
+    fall = before.loss - after.loss
+    if before.accuracy is None or after.accuracy is None:
+        return f"loss {-fall:+.4f}, perplexity {after.perplexity - before.perplexity:+.2f}"
+    rise = after.accuracy - before.accuracy
+    parts = []
+    for name, difference, errors in (
+        ("loss", -fall, (before.loss_error or 0.0, after.loss_error or 0.0)),
+        ("accuracy", rise, (before.error, after.error)),
+    ):
+        error = math.hypot(*errors)
+        known = f" ({abs(difference) / error:.1f} standard errors)" if error else ""
+        parts.append(f"{name} {difference:+.4f}{known}")
+    return ", ".join(parts)

@@ -21,7 +21,7 @@ from zograph.cli.inputs import InputError
 from zograph.cli.models import CLASSIFICATION, Loaded, choose_trainable, load, locate, own_classes
 from zograph.cli.output import OutputFolder, check_picture
 from zograph.cli.progress import Interrupt, Progress, peak_bytes
-from zograph.cli.scores import Run, Score, score
+from zograph.cli.scores import Run, Score, change, score
 
 SAME = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """How far the loss of the reloaded float32 model may be from the step's, by compute dtype."""
@@ -90,6 +90,8 @@ def finetune(args: argparse.Namespace) -> int:
             return 130
         after = sets.scores(step.evaluate, device)
         show("after", after)
+        for name, score_before in before.items():
+            print(f"change   {name.replace('_', '-'):<9} {change(score_before, after[name])}")
         print(f"time     {seconds:.1f} s for {done} steps, with compilation")
         good = True
         if out is not None:

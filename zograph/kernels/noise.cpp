@@ -17,6 +17,9 @@ constexpr int64_t SERIAL = 32768;  // below this many elements a parallel region
 #else
 #define NO_ALIAS _Pragma("GCC ivdep")
 #endif
+#define INLINE inline __attribute__((always_inline))
+constexpr int64_t BLOCK = 128;   // elements between two rounds of fetching ahead
+constexpr int64_t AHEAD = 2048;  // bytes fetched ahead
 enum DType { F32 = 0, BF16 = 1, F16 = 2 };
 
 struct Words { uint32_t k0, k1, k2, k3; };
@@ -43,9 +46,9 @@ inline float real(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
 struct Stream {
   uint32_t lo, k0, k1h, k2, k3h, k1;
   Stream(Words k, int64_t start) {
-    const uint32_t hi = (uint32_t)(start >> 32);
+    uint32_t hi = (uint32_t)(start >> 32) * 0x9E3779B1u; hi ^= hi >> 16;
     lo = (uint32_t)start; k0 = k.k0; k1 = k.k1; k2 = k.k2;
-    k1h = k.k1 ^ hi; k3h = k.k3 + hi * 0x9E3779B1u;
+    k1h = k.k1 ^ hi; k3h = k.k3 + hi;
   }
   template <bool NORMAL> inline float at(uint32_t i) const {
     uint32_t x = ((lo + i) ^ k0) * 0x9E3779B1u; x ^= x >> 16;
@@ -113,13 +116,37 @@ struct Terms {
   }
 };
 
-template <bool N> void term(const float* w, float* out, int n, const Stream& s, float c) {
+// body(i) for i in [0, n); meanwhile the lines AHEAD bytes further on are fetched of x, to be read,
+// and of y and z, to be written (null: none).  The hardware's own prefetching stops at every page,
+// and there memory would wait for arithmetic.  Fetching past an array's end does nothing.
+template <class F>
+INLINE void sweep(int n, const float* x, const float* y, const float* z, F body) {
+  auto line = [](const float* p, int at) { return (const char*)((uintptr_t)(p + at) + AHEAD); };
+  int i = 0;
+  for (; i + BLOCK <= n; i += BLOCK) {
+    for (int u = i; u < i + BLOCK; u += 16) {
+      __builtin_prefetch(line(x, u), 0);
+      if (y) __builtin_prefetch(line(y, u), 1);
+      if (z) __builtin_prefetch(line(z, u), 1);
+    }
+    NO_ALIAS
+    for (int u = i; u < i + BLOCK; u++) body(u);
+  }
   NO_ALIAS
-  for (int i = 0; i < n; i++) { const float d = c * s.at<N>(i); out[i] = w[i] + d; }
+  for (; i < n; i++) body(i);
+}
+
+template <bool N> void term(const float* w, float* out, int n, const Stream& s, float c) {
+  sweep(n, w, out, nullptr, [&](int i) {
+    const float d = c * s.at<N>(i);
+    out[i] = w[i] + d;
+  });
 }
 template <bool N> void term(const float* w, float* out, int n, const Stream& s, float c, float f) {
-  NO_ALIAS
-  for (int i = 0; i < n; i++) { const float d = c * s.at<N>(i), a = f * w[i]; out[i] = a + d; }
+  sweep(n, w, out, nullptr, [&](int i) {
+    const float d = c * s.at<N>(i), a = f * w[i];
+    out[i] = a + d;
+  });
 }
 
 // The tile's weights after the terms, rounded through the base dtype; `out` may be `w`.
@@ -139,15 +166,16 @@ const float* apply(const float* w, float* out, int n, int64_t start, const Terms
 
 template <bool N>
 void both(const float* w, float* p, float* m, int n, const Stream& s, float eps) {
-  NO_ALIAS
-  for (int i = 0; i < n; i++) {
+  sweep(n, w, p, m, [&](int i) {
     const float d = eps * s.at<N>(i), a = w[i];
     p[i] = a + d; m[i] = a - d;
-  }
+  });
 }
 template <bool N> void minus(const float* w, float* m, int n, const Stream& s, float eps) {
-  NO_ALIAS
-  for (int i = 0; i < n; i++) { const float d = eps * s.at<N>(i); m[i] = w[i] - d; }
+  sweep(n, w, m, nullptr, [&](int i) {
+    const float d = eps * s.at<N>(i);
+    m[i] = w[i] - d;
+  });
 }
 
 struct Job {
@@ -177,7 +205,7 @@ template <bool N> void span(const Job& j, int64_t start, int64_t from, int64_t t
 template <class F> void parallel(int64_t n, int64_t grain, int threads, bool serial, F f) {
   const int64_t blocks = (n + grain - 1) / grain;
   if (serial || threads < 2 || blocks < 2) { if (n > 0) f((int64_t)0, n); return; }
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
   for (int64_t b = 0; b < blocks; b++) f(b * grain, std::min(n, (b + 1) * grain));
 }
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
@@ -19,7 +19,6 @@ from zograph.errors import CaptureError
 from zograph.ir import KEY, GraphInfo, Kind, NodeMeta, ParamInfo
 from zograph.noise import parameter_key
 from zograph.signature import signatures
-
 
 Size = int | str
 """A size, or the name of a symbolic one: equal names are equal sizes."""
@@ -146,8 +145,8 @@ def random_inputs(gm: fx.GraphModule, seed: int = 0) -> list[Any]:
     def real(node: fx.Node) -> Any:
         val, record = node.meta["val"], ir.meta(node)
         if not isinstance(val, torch.Tensor):
-            return int(val) if isinstance(val, torch.SymInt) else val
-        shape = [int(s) for s in val.shape]
+            return hint(val)
+        shape = [hint(s) for s in val.shape]
         if record.kind == Kind.NOISE and record.name in special:
             return torch.tensor(special[record.name], dtype=val.dtype)
         if val.dtype.is_floating_point:
@@ -155,6 +154,11 @@ def random_inputs(gm: fx.GraphModule, seed: int = 0) -> list[Any]:
         return torch.randint(0, 2, shape, generator=generator).to(val.dtype)
 
     return [real(n) for n in ir.placeholders(gm)]
+
+
+def hint(size: Any) -> Any:
+    """Return the number that a symbolic size stands for, without fixing the size to it."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def leaves(result: Any) -> list[torch.Tensor]:

@@ -7,7 +7,21 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-WORDS = ["good", "fine", "nice", "glad", "bad", "poor", "sad", "ugly", "the", "a", "day", "was", "very"]
+WORDS = [
+    "good",
+    "fine",
+    "nice",
+    "glad",
+    "bad",
+    "poor",
+    "sad",
+    "ugly",
+    "the",
+    "a",
+    "day",
+    "was",
+    "very",
+]
 GOOD = {"good", "fine", "nice", "glad"}
 
 

@@ -6,15 +6,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from zograph.cli import main
 from zograph.cli.batches import IGNORED, Encoded, collate, in_order, padded_length, shuffled
-from zograph.cli.inputs import InputError
 from zograph.cli.output import OutputFolder
-from zograph.cli.scores import Score
+from zograph.cli.scores import Score, change, score
 
 CLASSIFY = ["--task", "sequence-classification"]
 QUICK = [
@@ -207,9 +207,8 @@ def test_read_only_out(
 
 
 def test_output_folder_leaves_nothing_without_commit(tmp_path: Path) -> None:
-    with pytest.raises(InputError), OutputFolder(tmp_path / "a" / "b") as out:
+    with OutputFolder(tmp_path / "a" / "b") as out:
         (out.staging / "half").write_text("x")
-        raise InputError("in the middle")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -282,5 +281,25 @@ def test_every_epoch_visits_every_row_once() -> None:
 
 
 def test_score_says_its_error() -> None:
-    assert str(Score(0.5, 0.8, 400)) == "loss 0.5000  accuracy 0.800 +- 0.020  (400 examples)"
+    score = Score(0.5, 0.8, 400, 0.01)
+    assert str(score) == "loss 0.5000 +- 0.0100  accuracy 0.800 +- 0.020  (400 examples)"
     assert Score(0.0, None, 3).perplexity == 1.0
+
+
+def test_change_is_told_in_standard_errors() -> None:
+    before, after = Score(0.7, 0.5, 400, 0.03), Score(0.5, 0.8, 400, 0.04)
+    assert change(before, after) == (
+        "loss -0.2000 (4.0 standard errors), accuracy +0.3000 (9.4 standard errors)"
+    )
+    assert change(Score(1.0, None, 4), Score(0.0, None, 4)) == "loss -1.0000, perplexity -1.72"
+
+
+def test_score_is_the_mean_over_the_real_rows() -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 0.0]])
+    labels = torch.tensor([0, 0, 0, IGNORED])
+    each = torch.nn.functional.cross_entropy(logits[:3], labels[:3], reduction="none")
+    out = SimpleNamespace(loss=each.mean(), logits=logits)
+    found = score(lambda **batch: out, [{"labels": labels}], torch.device("cpu"))
+    assert found.loss == pytest.approx(each.mean().item())
+    assert found.loss_error == pytest.approx(each.std(correction=0).item() / 3**0.5)
+    assert (found.accuracy, found.count) == (pytest.approx(2 / 3), 3)
