@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/zograph finetune builtin:minilm --task sequence-classification --data vader \
-	  --train 'LayerNorm|classifier' --steps 600 --batch-size 64 --lr 6e-3 --eps 1e-3 \
+	  --train 'LayerNorm|classifier' --steps 800 --batch-size 64 --lr 6e-3 --eps 1e-3 \
 	  --schedule linear --distribution rademacher --max-length 8 --seed 0 \
 	  --out demo/model --overwrite --draw demo/step.svg
 

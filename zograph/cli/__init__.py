@@ -8,6 +8,7 @@ torch and transformers inside functions only, so that ``--help`` answers at once
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 if interrupted.
     """
     args = build_parser().parse_args(argv)
+    # A request to end is as Ctrl-C: unfinished files are cleared away.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return int(args.run(args))
     except ZographError as error:
@@ -58,3 +61,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"zograph {args.command}: interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)

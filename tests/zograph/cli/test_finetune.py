@@ -236,6 +236,25 @@ def test_interrupt_saves_the_weights_so_far(
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_a_request_to_end_leaves_nothing(
+    bert: Path,
+    sentences: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from zograph.cli import training
+
+    def stop(*_: object) -> None:
+        assert len(list(tmp_path.iterdir())) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training, "choose_trainable", stop)
+    assert finetune(bert, *CLASSIFY, "--data", sentences, "--out", tmp_path / "out") == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_that_reads_back_differently_is_told(
     bert: Path,
     sentences: Path,
