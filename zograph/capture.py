@@ -221,6 +221,13 @@ def _fake_copy(
     return twin
 
 
+def _placed(leaf: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Move a stand-in to the device and, if it is floating, to the compute dtype."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.to(device, dtype if leaf.is_floating_point() else None)
+
+
 def _user_line(error: BaseException) -> str:
     """Return `file:line: code` of the deepest frame outside torch and zograph."""
     own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -298,7 +305,7 @@ def capture(
     traced = _Traced(_fake_copy(model, mode, device, compute_dtype), loss_fn, want_loss)
     with mode:
         leaves = [leaf.stand_in(sig.level) for leaf in sig.leaves]
-        leaves = [x.to(device) if isinstance(x, torch.Tensor) else x for x in leaves]
+        leaves = [_placed(x, device, compute_dtype) for x in leaves]
     stand_ins = pytree.tree_unflatten(leaves, pytree.tree_structure(dict(batch)))
     try:
         ep = _export(traced, stand_ins, sig)
@@ -353,6 +360,8 @@ def _finish(
             case _:
                 leaf = next(leaves)
                 node.meta[KEY] = NodeMeta(Kind.INPUT, leaf.path, source="capture")
+                if leaf.dtype is not None:
+                    base[node.name] = leaf.dtype
     kept = [o for o in signature.output_specs if o.kind == OutputKind.USER_OUTPUT]
     dropped = len(signature.output_specs) - len(kept)  # mutations come first
     out = gm.graph.output_node()
@@ -389,10 +398,11 @@ def _record_outputs(record: GraphInfo, traced: _Traced) -> None:
 
 
 def _restore_base(gm: fx.GraphModule, base: Mapping[str, torch.dtype]) -> None:
-    """Let parameters and buffers enter in their own dtype; cast right behind them."""
-    for node in placeholders(gm, Kind.PARAMETER, Kind.BUFFER):
-        val, dtype = node.meta["val"], base[node.name]
-        if val.dtype == dtype or not node.users:
+    """Let parameters, buffers and inputs enter in their own dtype; cast right behind them."""
+    for node in placeholders(gm, Kind.PARAMETER, Kind.BUFFER, Kind.INPUT):
+        val = node.meta["val"]
+        dtype = base.get(node.name)
+        if dtype is None or val.dtype == dtype or not node.users:
             continue
         with gm.graph.inserting_before(next(n for n in gm.graph.nodes if n.op != "placeholder")):
             cast = gm.graph.call_function(torch.ops.aten._to_copy.default, (node,))

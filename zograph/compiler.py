@@ -61,8 +61,8 @@ def compile(
     device
         CUDA if there is one, else the CPU. The model is moved there.
     compute_dtype
-        Floating dtype of the perturbed weights and of the forward; the stored weights keep
-        theirs and the loss is reduced in float32. None: the stored dtype.
+        Floating dtype of the perturbed weights, of floating inputs and of the forward; the
+        stored weights keep theirs and the loss is reduced in float32. None: the stored dtype.
     method, directions
         ``"zo-sgd"``, averaging `directions` independent estimates a step.
     distribution

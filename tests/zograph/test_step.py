@@ -213,6 +213,14 @@ def test_bfloat16_compute_over_a_float32_base(backend: str) -> None:
     assert step.evaluate(**data).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["cnn", "mlp", "vit"])
+def test_bfloat16_compute_takes_float32_inputs(name: str) -> None:
+    _, wide = compiled(name)
+    _, narrow = compiled(name, compute_dtype=torch.bfloat16)
+    data = batch(name, 4, 0)
+    assert float(narrow(**data)) == pytest.approx(float(wide(**data)), rel=2e-2)
+
+
 def test_a_bfloat16_base_is_rounded_once_a_step() -> None:
     model = build("mlp").to(torch.bfloat16)
     step = zograph.compile(model, loss_fn=xy_loss, lr=1.0, backend="eager")

@@ -16,6 +16,9 @@ from tqdm import tqdm
 SMOOTHED = 50
 """The shown loss is the mean of so many last steps."""
 
+LINES = 20
+"""Where there is no terminal, about so many lines are printed in all."""
+
 
 def peak_bytes(device: torch.device) -> int:
     """Return the peak memory of the run: of the device if it is CUDA, else of the process."""
@@ -35,6 +38,7 @@ class Progress:
         self._steps, self._every, self._device = steps, every, device
         self._terminal = sys.stderr.isatty()
         self._bar: Any = None
+        self._spacing, self._told = max(1, steps // LINES), 0
         self._start = time.perf_counter()
 
     def __enter__(self) -> Self:
@@ -67,6 +71,9 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {smoothed:.4f}, lr {lr:.2e}, peak {peak:.2f} GiB")
             return
+        if done != self._steps and done // self._spacing == self._told:
+            return
+        self._told = done // self._spacing
         rate = done / (time.perf_counter() - self._start)
         print(
             f"  step {done}/{self._steps}  loss {smoothed:.4f}  lr {lr:.2e}  "

@@ -41,10 +41,6 @@ def dot_source(gm: fx.GraphModule, *, fold: bool = True) -> str:
     return str(digraph(compact(folded(scene) if fold else scene)).source)
 
 
-source = dot_source
-"""Short name, as in ``viz.source(gm)``: what a dump of the passes calls."""
-
-
 def draw(gm: fx.GraphModule, path: str | Path, *, fold: bool = True) -> Path:
     """Draw a graph into a file.
 
