@@ -2,7 +2,7 @@
 
 A module of a subcommand has ``add_parser(subparsers)``, which sets ``run`` as the default of
 its parser, a function from the parsed arguments to the exit code. Such a module imports
-torch and transformers inside functions only, so that ``--help`` answers at once.
+transformers inside functions only, so that ``--help`` does not wait for it.
 """
 
 from __future__ import annotations
