@@ -35,7 +35,9 @@ def test_idempotent() -> None:
     assert_idempotent(Outline(), ready_for("outline", two_blocks()))
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "bert", "t5"])
+@pytest.mark.parametrize(
+    "name", ["opt", "llama", "bert", pytest.param("t5", marks=pytest.mark.slow)]
+)
 def test_the_number_of_bodies_does_not_grow_with_depth(name: str) -> None:
     def bodies(layers: int) -> int:
         model = build(name)

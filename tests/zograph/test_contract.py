@@ -47,7 +47,13 @@ def check_contract(name: str, tie: bool, backend: str, steps: int = STEPS) -> No
         assert moved > 0, n
 
 
-@pytest.mark.parametrize(("name", "tie"), CASES)
+FAST = {"opt", "gpt2", "bert", "vit", "cnn", "mlp"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tie"),
+    [pytest.param(*c, marks=() if c[0] in FAST and c[1] else pytest.mark.slow) for c in CASES],
+)
 def test_eager(name: str, tie: bool) -> None:
     check_contract(name, tie, "eager")
 

@@ -18,7 +18,13 @@ def level(step: zograph.ZOStep) -> str:
     return step._graphs.last.capture.signature.level
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "gpt2", "bert", "t5", "bart", "vit", "cnn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("opt", "llama", "gpt2", "bert", "vit", "cnn"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "bart")),
+    ],
+)
 def test_one_capture_serves_all_sizes(name: str) -> None:
     step = zograph.compile(build(name), loss_fn=loss_fn(name), backend="eager")
     seen = set()
@@ -29,6 +35,7 @@ def test_one_capture_serves_all_sizes(name: str) -> None:
     assert level(step) in ("sequence", "short")
 
 
+@pytest.mark.slow
 def test_the_order_of_batches_does_not_matter() -> None:
     shapes = [(4, 16), (1, 12), (2, 40), (3, 3)]
     found: dict[tuple[int, int], set[float]] = {}
