@@ -36,7 +36,7 @@ def test_idempotent() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["opt", "llama", "bert", pytest.param("t5", marks=pytest.mark.slow)]
+    "name", ["opt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "bert", "t5"))]
 )
 def test_the_number_of_bodies_does_not_grow_with_depth(name: str) -> None:
     def bodies(layers: int) -> int:

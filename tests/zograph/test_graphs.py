@@ -108,6 +108,7 @@ def test_signatures() -> None:
     )
 
 
+@pytest.mark.slow
 def test_tied_names_are_one_parameter() -> None:
     """Two names of one tensor are one parameter, under its first name."""
     model = build("bart")

@@ -90,6 +90,7 @@ def test_causal_lm_end_to_end(
     )
 
 
+@pytest.mark.slow
 def test_runs_are_reproducible(
     bert: Path, sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +268,7 @@ def test_a_model_that_reads_back_differently_is_told(
     assert "NOT the score above" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_help_answers_without_transformers() -> None:
     code = "import sys, zograph.cli as c; c.build_parser(); sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
