@@ -13,11 +13,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from zograph.bounds import Bound, check_bounds, find_bounds
-from zograph.capture import Capture, LossFn, capture, check_keys
+from zograph.capture import Capture, LossFn, capture
 from zograph.errors import CaptureError
 from zograph.ir import info
 from zograph.observers import Observers
 from zograph.options import Options
+from zograph.parameters import check_keys
 from zograph.passes import PassContext
 from zograph.pipeline import run
 from zograph.runtime import Program

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from zograph.capture import Evaluation, parameter_table
+from zograph.capture import Evaluation
 from zograph.errors import BatchError, LossError
 from zograph.export import save_pretrained
 from zograph.graphs import Compiled, Graphs
 from zograph.noise import derive_seed
 from zograph.options import Options, check_lr
+from zograph.parameters import parameter_table
 from zograph.weights import Terms, Weights
 
 
