@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import fx
@@ -47,16 +47,12 @@ class PassContext:
 
     Attributes
     ----------
-    compute_dtype, distribution, backend
+    distribution, backend
         The options of :func:`zograph.compile` of the same name.
-    notes
-        Messages of all passes so far.
     """
 
-    compute_dtype: object | None = None
     distribution: str = "normal"
     backend: str = "inductor"
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Graphs:
         seconds = {"capture": time.perf_counter() - start}
         for name, tensor in captured.constants.items():
             self.constants[name] = tensor.to(options.device)
-        ctx = PassContext(options.compute_dtype, options.distribution, options.backend)
+        ctx = PassContext(options.distribution, options.backend)
         passes = options.passes if dual else options.passes.for_evaluation()
         bounds = find_bounds(captured.gm)
         observers = Observers()
