@@ -45,3 +45,21 @@ class LossError(ZographError, ArithmeticError):
 
 class ParameterChangedError(ZographError, RuntimeError):
     """A parameter's shape, dtype or trainability changed after the model was compiled."""
+
+
+class StoreError(ZographError, OSError):
+    """Stored weights cannot be read or written: missing, damaged, locked, or the disk is full."""
+
+
+class PlanError(ZographError, ValueError):
+    """A memory budget is too small.
+
+    Attributes
+    ----------
+    minimum : int
+        The smallest budget in bytes that is enough for this model and batch.
+    """
+
+    def __init__(self, message: str, minimum: int) -> None:
+        super().__init__(message)
+        self.minimum = minimum

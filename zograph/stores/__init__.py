@@ -1,0 +1,1 @@
+"""Where weights live when they are not on the device: host memory or a disk."""

@@ -1,0 +1,68 @@
+"""What a store is: where weights live when they are not on the device.
+
+A store holds the newest folded value of every parameter of a model under the parameter's first
+name. It knows nothing of stages, budgets or schedules, so that any plan can run on it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+PAGE = 4096
+"""Alignment in bytes of buffers that stores fill and of extents in a work file."""
+
+
+def padded(nbytes: int) -> int:
+    """Round a size up to whole pages."""
+    return -(-nbytes // PAGE) * PAGE
+
+
+class Store(ABC):
+    """The newest value of every parameter, by first name.
+
+    `read` and `write` of different parameters may run at the same time on different threads;
+    of one parameter they never do. Buffers are 1-dim uint8 tensors in host memory, page-aligned,
+    of ``padded(parameter bytes)`` bytes; the padding holds anything.
+    """
+
+    tier: ClassVar[str]
+    """``host`` or ``disk``."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """Return the stored tensor itself where it is in host memory, else None."""
+
+    @abstractmethod
+    def read(self, name: str, buffer: torch.Tensor) -> int:
+        """Fill `buffer` with the parameter's newest value; return the bytes read from the tier.
+
+        Raises
+        ------
+        StoreError
+            If the data is missing, short or damaged, or the tier fails.
+        """
+
+    @abstractmethod
+    def write(self, name: str, buffer: torch.Tensor, step: int) -> int:
+        """Make `buffer` the parameter's value, with every update before `step` in it.
+
+        Returns the bytes written to the tier. Until it returns, the old value stays the stored
+        one, also through a kill.
+
+        Raises
+        ------
+        StoreError
+            If the tier is full, read-only or fails; the old value is still there.
+        """
+
+    @abstractmethod
+    def fold_steps(self) -> Mapping[str, int]:
+        """For each parameter, the number of steps whose updates are in the stored value."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back files, locks and memory; calling it twice is fine."""
