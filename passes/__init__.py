@@ -1,6 +1,7 @@
 """The passes, in the order in which they run.
 
-normalize -> partition -> hoist -> dual_perturbation -> materialize -> outline -> lower
+normalize -> partition -> hoist -> dual_perturbation -> materialize -> outline -> offload ->
+schedule -> lower
 """
 
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
@@ -9,8 +10,10 @@ from zograph.passes.hoist import Hoist
 from zograph.passes.lower import Lower
 from zograph.passes.materialize import Materialize
 from zograph.passes.normalize import Normalize
+from zograph.passes.offload import Offload
 from zograph.passes.outline import Outline
 from zograph.passes.partition import Partition
+from zograph.passes.schedule import Schedule
 
 __all__ = [
     "Contract",
@@ -19,9 +22,11 @@ __all__ = [
     "Lower",
     "Materialize",
     "Normalize",
+    "Offload",
     "Outline",
     "Partition",
     "Pass",
     "PassContext",
     "PassResult",
+    "Schedule",
 ]

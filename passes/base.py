@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import fx
+
+if TYPE_CHECKING:
+    from zograph.layout import Layout
 
 Numerics = Literal["bitwise", "reassociates", "changes"]
 
@@ -47,12 +50,23 @@ class PassContext:
 
     Attributes
     ----------
-    distribution, backend
+    distribution, backend, directions
         The options of :func:`zograph.compile` of the same name.
+    cut
+        Most bytes of weights that a stage may hold where it can be cut; None: whole blocks.
+    layout
+        Which weights are streamed and through how much memory; None: all weights stay on the
+        device.
+    lowered
+        Compiled stage bodies by their form; `lower` adds to it and takes from it.
     """
 
     distribution: str = "normal"
     backend: str = "inductor"
+    directions: int = 1
+    cut: int | None = None
+    layout: Layout | None = None
+    lowered: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import standalone_compile
 
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
+from zograph.passes.partition import form, structure
 
 # Inductor would gather all materialize calls ahead of the matmuls that use them; the graph's
 # own order lets perturbed copies die young.
@@ -44,7 +45,8 @@ class Lower(Pass):
     Requires: ``outlined``. Ensures: fact ``lowered``. Composite operators are decomposed
     here and nowhere earlier; the materialize operators stay opaque calls. With
     ``backend="eager"`` the bodies stay graphs. Numerics: reassociates. Cost: seconds per
-    distinct body, none in a second process (Inductor's cache). Raises: what Inductor raises.
+    distinct body, none in a second process (Inductor's cache) or for a graph that was planned
+    anew and cut alike. Raises: what Inductor raises.
     """
 
     name: ClassVar[str] = "lower"
@@ -58,13 +60,28 @@ class Lower(Pass):
         if ctx.backend == "eager":
             return PassResult(gm, False, ("backend is eager: bodies run as graphs",))
         bodies = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
-        compiled = 0
+        compiled = lowered = 0
         for name in sorted(bodies):
             body = gm.get_submodule(name)
             if isinstance(body, fx.GraphModule):
-                gm.set_submodule(name, CompiledBody(body, compile_body(body)))
-                compiled += 1
-        return PassResult(gm, bool(compiled), (f"{compiled} bodies compiled",) if compiled else ())
+                key = body_form(body)
+                if key not in ctx.lowered:
+                    ctx.lowered[key] = compile_body(body)
+                    compiled += 1
+                gm.set_submodule(name, CompiledBody(body, ctx.lowered[key]))
+                lowered += 1
+        return PassResult(gm, bool(lowered), (f"{compiled} bodies compiled",) if lowered else ())
+
+
+def body_form(body: fx.GraphModule) -> tuple[Any, ...]:
+    """Describe a body up to the names of its nodes: equal forms compile to equal code."""
+    nodes = list(body.graph.nodes)
+    inputs = tuple(form(n.meta["val"]) for n in nodes if n.op == "placeholder")
+    attributes = tuple(id(getattr(body, str(n.target))) for n in nodes if n.op == "get_attr")
+    inside = [n for n in nodes if n.op not in ("placeholder", "get_attr", "output")]
+    index = {n: i for i, n in enumerate(nodes)}
+    uses = tuple(tuple(index[s] for s in n.all_input_nodes) for n in nodes)
+    return inputs, attributes, structure(inside), uses
 
 
 def compile_body(body: fx.GraphModule) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -79,6 +80,53 @@ def gather_rows(gm: fx.GraphModule, copy: fx.Node) -> int:
         node.replace_all_uses_with(made)
         gm.graph.erase_node(node)
     return len(gathers)
+
+
+def split_pairs(gm: fx.GraphModule, limit: int) -> int:
+    """Make the two copies of a weight one after the other where one takes more than `limit` bytes.
+
+    The inverse of :func:`merge_pairs`: half the scratch memory, more noise, the same bits.
+    """
+    single = {
+        zo.materialize.default: zo.materialize_one.default,
+        zo.materialize_rows.default: zo.materialize_rows_one.default,
+    }
+    found = 0
+    for node in list(gm.graph.nodes):
+        if node.target not in single:
+            continue
+        halves = [u for u in node.users if u.target is operator.getitem]
+        if not any(copy_bytes(h) > limit for h in halves):
+            continue
+        for half in halves:
+            with gm.graph.inserting_before(first_user(half)):
+                sign = 1 if half.args[1] == 0 else -1
+                one = call(
+                    gm.graph,
+                    single[node.target],
+                    (*node.args, sign),
+                    source=f"materialize<{node.name}",
+                    like=half,
+                )
+            half.replace_all_uses_with(one)
+            gm.graph.erase_node(half)
+        gm.graph.erase_node(node)
+        found += 1
+    if found:
+        gm.recompile()
+    return found
+
+
+def copy_bytes(node: fx.Node) -> int:
+    """Return the size of a perturbed copy; gathered rows count as nothing."""
+    val = node.meta["val"]
+    numel = val.numel()
+    return numel * int(val.dtype.itemsize) if isinstance(numel, int) else 0
+
+
+def first_user(node: fx.Node) -> fx.Node:
+    """Return the user that stands first in the graph."""
+    return min(node.users)
 
 
 def merge_pairs(gm: fx.GraphModule) -> int:

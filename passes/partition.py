@@ -38,7 +38,9 @@ class Partition(Pass):
     A block is a child of a list of modules, two of which are of one class with submodules
     and weights (found from the module stack that export records at every call). Where the
     outermost such list holds no two blocks of equal structure but a list inside does, the
-    inner one is taken. What stands between blocks gets stages of its own.
+    inner one is taken. What stands between blocks gets stages of its own. Where the context
+    sets a `cut`, stages are cut further between operators, so that the weights of one stage
+    take at most that many bytes, or those of a single operator.
 
     Requires: ``normalized``. Ensures: fact ``partitioned``; stage numbers grow along every
     edge (cycles between blocks are merged by networkx condensation); nodes stand in stage
@@ -58,6 +60,8 @@ class Partition(Pass):
         weighted = depends_on(placeholders(gm, Kind.PARAMETER))
         labels = label_blocks([n for n in nodes if n in weighted])
         stage_of, names = number_stages(nodes, labels)
+        if ctx.cut is not None:
+            stage_of, names = cut_stages(nodes, stage_of, names, ctx.cut)
         glue = glue_nodes(nodes)
         for node in nodes:
             annotate(node, stage=None if node in glue else stage_of[node])
@@ -190,6 +194,53 @@ def number_stages(
         inner = [paths[m // 2].removeprefix("L__self__").removeprefix("model.") for m in blocks]
         names[rank[component]] = ", ".join(inner) or gap_name(least[component], len(paths))
     return {n: of_slot[s] for n, s in slot.items()}, names
+
+
+def cut_stages(
+    nodes: list[fx.Node], stage_of: dict[fx.Node, int], names: dict[int, str], cut: int
+) -> tuple[dict[fx.Node, int], dict[int, str]]:
+    """Cut stages into parts whose weights take at most `cut` bytes, or serve one operator."""
+    alone = weight_only(nodes)
+    parts: dict[int, list[list[fx.Node]]] = {}
+    for stage in names:
+        parts[stage] = [[]]
+        held: dict[fx.Node, int] = {}
+        for node in nodes:
+            if stage_of[node] != stage or node in alone:
+                continue
+            weights = weights_of(node, alone)
+            total = sum((held | weights).values())
+            if held and weights.keys() - held.keys() and total > cut:
+                parts[stage].append([])
+                held = {}
+            held |= weights
+            parts[stage][-1].append(node)
+    number, cut_stage, cut_names = FIRST, {}, {}
+    for stage, pieces in parts.items():
+        for i, piece in enumerate(pieces):
+            part = f", part {i + 1} of {len(pieces)}" if len(pieces) > 1 else ""
+            cut_names[number] = f"{names[stage]}{part}"
+            cut_stage.update(dict.fromkeys(piece, number))
+            number += 1
+    for node in reversed(nodes):  # what only weights reach joins its first user
+        if node in alone:
+            users = [cut_stage[u] for u in node.users if u in cut_stage]
+            cut_stage[node] = min(users, default=number - 1)
+    return cut_stage, cut_names
+
+
+def weights_of(node: fx.Node, alone: set[fx.Node]) -> dict[fx.Node, int]:
+    """Return the parameters that an operator uses, directly or through `alone`, with bytes."""
+    found: dict[fx.Node, int] = {}
+    stack = list(node.all_input_nodes)
+    while stack:
+        source = stack.pop()
+        if meta(source).kind == Kind.PARAMETER:
+            val = source.meta["val"]
+            found[source] = val.numel() * val.dtype.itemsize
+        elif source in alone:
+            stack.extend(source.all_input_nodes)
+    return found
 
 
 def weight_only(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -3,21 +3,29 @@
 from zograph import errors, passes
 from zograph.capture import Evaluation
 from zograph.compiler import compile
+from zograph.device import DeviceSpec
+from zograph.loading import from_pretrained
 from zograph.noise import noise
+from zograph.paper import plan
 from zograph.pipeline import Pipeline, default_passes
+from zograph.plans import Plan
 from zograph.step import Direction, StepRecord, ZOStep
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DeviceSpec",
     "Direction",
     "Evaluation",
     "Pipeline",
+    "Plan",
     "StepRecord",
     "ZOStep",
     "compile",
     "default_passes",
     "errors",
+    "from_pretrained",
     "noise",
     "passes",
+    "plan",
 ]

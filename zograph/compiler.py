@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
-from zograph.options import BACKENDS, Options, one_of, pick_device
+from zograph.options import BACKENDS, Options, device_memory, one_of, parse_memory, pick_device
 from zograph.pipeline import Pipeline, default_passes
 from zograph.step import ZOStep
 
@@ -26,6 +27,8 @@ def compile(
     seed: int = 0,
     device: str | torch.device | None = None,
     compute_dtype: torch.dtype | None = None,
+    memory: int | float | str | None = None,
+    storage: str | Path = "host",
     method: Literal["zo-sgd"] = "zo-sgd",
     directions: int = 1,
     distribution: Literal["normal", "rademacher"] = "normal",
@@ -63,6 +66,14 @@ def compile(
     compute_dtype
         Floating dtype of the perturbed weights, of floating inputs and of the forward; the
         stored weights keep theirs and the loss is reduced in float32. None: the stored dtype.
+    memory
+        What a step may take of the device's memory: bytes, ``"8GB"``, ``"2GiB"``, a fraction
+        of it, or ``"minimum"``. Weights that do not fit are streamed through it from where they
+        are stored, and the results are the same. None: everything stays on the device.
+    storage
+        Where streamed weights live: ``"host"`` (the model's own memory), ``"disk"`` (a work file
+        in a fresh folder of the working directory, removed at the end) or the path of a work
+        folder, which is kept. A model of :func:`zograph.from_pretrained` lives on the disk.
     method, directions
         ``"zo-sgd"``, averaging `directions` independent estimates a step.
     distribution
@@ -88,6 +99,8 @@ def compile(
         If an option is unknown or out of range.
     ModelError
         If the model has no trainable parameter, or one that is not real floating.
+    StoreError
+        If the work folder cannot be used: read-only, in use by another run, or of another run.
 
     Examples
     --------
@@ -99,12 +112,13 @@ def compile(
     torch.Size([])
     """
     one_of("backend", backend, BACKENDS)
+    chosen = pick_device(device)
     options = Options(
         loss_fn=loss_fn,
         eps=eps,
         weight_decay=weight_decay,
         seed=seed,
-        device=pick_device(device),
+        device=chosen,
         compute_dtype=compute_dtype,
         method=method,
         directions=directions,
@@ -113,6 +127,8 @@ def compile(
         on_nan=on_nan,
         dynamic=dynamic,
         backend=usable_backend(backend),
+        memory=parse_memory(memory, device_memory(chosen)),
+        storage=storage,
     )
     return ZOStep(model, lr, options)
 

@@ -1,4 +1,4 @@
-"""Which compiled graph serves a batch; captures and compiles it at the first need."""
+"""Which compiled graph serves a batch; captures, plans and compiles it at the first need."""
 
 from __future__ import annotations
 
@@ -8,23 +8,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from zograph.bounds import Bound, check_bounds, find_bounds
 from zograph.capture import Capture, LossFn, capture
+from zograph.device import DeviceSpec
 from zograph.errors import CaptureError
-from zograph.ir import info
+from zograph.ir import clone, info
+from zograph.layout import Layout
+from zograph.memory import give_back
 from zograph.observers import Observers
 from zograph.options import Options
 from zograph.parameters import check_keys
 from zograph.passes import PassContext
-from zograph.pipeline import run
-from zograph.runtime import Program
+from zograph.pipeline import Pipeline, run
+from zograph.planner import Request, choose
+from zograph.runtime import Program, Runner
 from zograph.signature import Signature, flatten, signatures, sizes
+from zograph.weights import Weights
 
 MANY_CAPTURES = 8
+
+Frames = tuple[dict[sympy.Symbol, int], ...]
+"""The sizes of every forward that shares one pass through a graph."""
 
 
 @dataclass(eq=False)
@@ -32,12 +41,30 @@ class Compiled:
     """One compiled graph with what it takes to feed it."""
 
     capture: Capture
-    program: Program
-    bounds: tuple[Bound, ...]
+    gm: fx.GraphModule
+    runner: Runner
     keys: dict[str, torch.Tensor]
     """The tables of noise keys, by the name of the input that takes them."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds for ``capture`` and for each pass by name."""
+
+
+@dataclass(eq=False)
+class Captured:
+    """One captured graph, and what has been compiled of it."""
+
+    capture: Capture
+    bounds: tuple[Bound, ...]
+    dual: bool
+    seconds: float
+    compiled: dict[Any, Compiled] = field(default_factory=dict)
+    bodies: dict[Any, Any] = field(default_factory=dict)
+    """Lowered stage bodies by their form: graphs cut alike share them."""
+
+    def frame(self, batch: Mapping[str, Any]) -> dict[sympy.Symbol, int]:
+        """Return the number for each symbol of the graph in a batch."""
+        known = sizes(self.capture.signature, batch)
+        return {symbol: known[name] for name, symbol in self.capture.symbols.items()}
 
 
 class Graphs:
@@ -45,19 +72,32 @@ class Graphs:
 
     Which graph serves a batch depends on that batch alone: the levels of
     :mod:`zograph.signature` are tried in order, and a capture's success is a function of
-    its signature.
+    its signature. Under a budget a graph is planned for the batch's sizes.
     """
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, options: Options, weights: Weights) -> None:
         self.model = model
         self.options = options
-        self.constants: dict[str, torch.Tensor] = {}
+        self.weights = weights
         self.last: Compiled | None = None
-        self._known: dict[tuple[Signature, bool, bool], Compiled | CaptureError] = {}
+        self._known: dict[tuple[Signature, bool, bool], Captured | CaptureError] = {}
         self._warned = False
+        self._spec: DeviceSpec | None = None
 
-    def training(self, batch: Mapping[str, Any]) -> Compiled:
-        """Return the two-branch graph for a batch.
+    @property
+    def streamed(self) -> bool:
+        """Whether weights pass through a layout: a budget is set, or they live on a disk."""
+        return self.options.memory is not None or self.weights.store.tier == "disk"
+
+    @property
+    def spec(self) -> DeviceSpec:
+        """What this machine can do, measured once and kept."""
+        if self._spec is None:
+            self._spec = DeviceSpec.measure(self.options.device, self.weights.folder)
+        return self._spec
+
+    def training(self, batch: Mapping[str, Any]) -> Captured:
+        """Return the captured loss for a batch.
 
         Raises
         ------
@@ -71,20 +111,20 @@ class Graphs:
             check_keys(loss_fn, batch, skip=1)
         return self._serve(batch, loss_fn, dual=True)
 
-    def evaluation(self, batch: Mapping[str, Any], loss_fn: LossFn | None) -> Compiled:
-        """Return the plain forward graph for a batch; labels are optional."""
+    def evaluation(self, batch: Mapping[str, Any], loss_fn: LossFn | None) -> Captured:
+        """Return the captured plain forward for a batch; labels are optional."""
         if loss_fn is None:
             check_keys(self.model.forward, batch)
         return self._serve(batch, loss_fn, dual=False)
 
-    def _serve(self, batch: Mapping[str, Any], loss_fn: LossFn | None, *, dual: bool) -> Compiled:
+    def _serve(self, batch: Mapping[str, Any], loss_fn: LossFn | None, *, dual: bool) -> Captured:
         failure: CaptureError | None = None
         for signature in signatures(batch, dynamic=self.options.dynamic):
             key = (signature, dual, loss_fn is None)
             found = self._known.get(key)
             if found is None:
                 try:
-                    found = self._compile(batch, signature, loss_fn, dual)
+                    found = self._capture(batch, signature, loss_fn, dual)
                 except CaptureError as error:
                     found = error
                 self._known[key] = found
@@ -92,13 +132,12 @@ class Graphs:
             if isinstance(found, CaptureError):
                 failure = found
             elif found.capture.admits(sizes(signature, batch)):
-                self.last = found
                 return found
         assert failure is not None, "the static level admits its own batch"
         raise failure
 
     def _warn_of_many(self) -> None:
-        count = sum(isinstance(c, Compiled) for c in self._known.values())
+        count = sum(isinstance(c, Captured) for c in self._known.values())
         if count > MANY_CAPTURES and not self._warned:
             self._warned = True
             warnings.warn(
@@ -107,11 +146,11 @@ class Graphs:
                 stacklevel=4,
             )
 
-    def _compile(
+    def _capture(
         self, batch: Mapping[str, Any], signature: Signature, loss_fn: LossFn | None, dual: bool
-    ) -> Compiled:
+    ) -> Captured:
         options, start = self.options, time.perf_counter()
-        captured = capture(
+        found = capture(
             self.model,
             batch,
             signature,
@@ -120,19 +159,58 @@ class Graphs:
             device=options.device,
             compute_dtype=options.compute_dtype,
         )
-        seconds = {"capture": time.perf_counter() - start}
-        for name, tensor in captured.constants.items():
-            self.constants[name] = tensor.to(options.device)
-        ctx = PassContext(options.distribution, options.backend)
-        passes = options.passes if dual else options.passes.for_evaluation()
-        bounds = find_bounds(captured.gm)
-        observers = Observers()
-        gm = run(captured.gm, passes, ctx, observers)
-        seconds.update(observers.timings)
-        captured.gm = gm
-        return Compiled(captured, Program(gm), bounds, key_tables(gm), seconds)
+        seconds = time.perf_counter() - start
+        for name, tensor in found.constants.items():
+            self.weights.constants[name] = tensor.to(options.device)
+        return Captured(found, find_bounds(found.gm), dual, seconds)
 
-    def leaves(self, compiled: Compiled, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def compiled(self, captured: Captured, frames: Frames) -> Compiled:
+        """Return the compiled graph for forwards of these sizes.
+
+        Raises
+        ------
+        PlanError
+            If they do not fit the budget.
+        """
+        key = tuple(tuple(f.values()) for f in frames) if self.streamed else None
+        if key not in captured.compiled:
+            captured.compiled[key] = self._compile(captured, frames)
+        self.last = captured.compiled[key]
+        return self.last
+
+    def _compile(self, captured: Captured, frames: Frames) -> Compiled:
+        options = self.options
+        passes = options.passes if captured.dual else options.passes.for_evaluation()
+        observers, start = Observers(), time.perf_counter()
+        ctx = PassContext(
+            options.distribution, options.backend, options.directions, lowered=captured.bodies
+        )
+        seconds = {"capture": captured.seconds}
+        if self.streamed:
+            ctx.layout = self._plan(captured, passes, frames)
+            ctx.cut = ctx.layout.cut
+            seconds["plan"] = time.perf_counter() - start
+        gm = run(clone(captured.capture.gm), passes, ctx, observers)
+        seconds.update(observers.timings)
+        if self.streamed:
+            give_back(collect=True)
+        runner = Runner(Program(gm), self.weights)
+        return Compiled(captured.capture, gm, runner, key_tables(gm), seconds)
+
+    def _plan(self, captured: Captured, passes: Pipeline, frames: Frames) -> Layout:
+        front, _ = passes.split("offload")
+        options = self.options
+
+        def outlined(cut: int | None) -> fx.GraphModule:
+            ctx = PassContext(options.distribution, options.backend, options.directions, cut)
+            return run(clone(captured.capture.gm), front, ctx, Observers.silent())
+
+        request = Request(
+            options.memory, frames, self.weights.store.tier, self.spec, self.weights.on_device()
+        )
+        return choose(outlined, request)
+
+    def leaves(self, captured: Captured, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the batch's leaves by path, tensors on the device, indices checked.
 
         Raises
@@ -141,13 +219,13 @@ class Graphs:
             If an index on the CPU is outside the table that it indexes.
         """
         pairs, _ = flatten(batch)
-        check_bounds(compiled.bounds, dict(pairs))
+        check_bounds(captured.bounds, dict(pairs))
         device = self.options.device
         return {p: x.to(device) if isinstance(x, torch.Tensor) else x for p, x in pairs}
 
     def output(self, compiled: Compiled, results: tuple[Any, ...]) -> Any:
         """Rebuild the model's own output from a graph's flat results."""
-        record = info(compiled.capture.gm)
+        record = info(compiled.gm)
         constants = iter(record.out_constants)
         leaves = [next(constants) if i is None else results[i] for i in record.out_leaves]
         assert record.out_spec is not None

@@ -13,17 +13,22 @@ these records and never the names of nodes.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from zograph.layout import Layout
+    from zograph.schedule import Schedule
 
 KEY = "zograph"
 
@@ -41,6 +46,8 @@ class Kind(StrEnum):
     """A runtime scalar or table of the zeroth-order step: seed, eps, keys, pending terms."""
     OP = "op"
     STAGE = "stage"
+    WEIGHT = "weight"
+    """A weight as a stage sees it: fetched into a slot, or folded."""
     OUTPUT = "output"
 
 
@@ -102,6 +109,10 @@ class GraphInfo:
     """For each stage, the parameters whose noise keys its table of keys holds, in order."""
     facts: frozenset[str] = frozenset()
     """What the passes run so far have provided (see :class:`zograph.passes.Contract`)."""
+    layout: Layout | None = None
+    """Where weights stand, once the graph is scheduled; None where all are resident."""
+    schedule: Schedule | None = None
+    """When tasks run, once the graph is scheduled; None where all weights are resident."""
 
 
 def meta(node: fx.Node) -> NodeMeta:
@@ -120,6 +131,16 @@ def info(gm: fx.GraphModule) -> GraphInfo:
     record = gm.meta.setdefault(KEY, GraphInfo())
     assert isinstance(record, GraphInfo)
     return record
+
+
+def clone(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph that has no stage bodies yet; fake values are shared, records are not."""
+    twin = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    record = info(gm)
+    twin.meta[KEY] = replace(
+        record, params=dict(record.params), stages=dict(record.stages), keys=dict(record.keys)
+    )
+    return twin
 
 
 def value(arg: Any) -> Any:

@@ -52,6 +52,13 @@ class Observers:
         self._started = 0.0
         self._first = True
 
+    @classmethod
+    def silent(cls) -> Observers:
+        """Return observers that only time: for graphs that are looked at and thrown away."""
+        quiet = cls(verify=False)
+        quiet.dump = None
+        return quiet
+
     def before(self, pass_: Pass, gm: fx.GraphModule) -> None:
         """Take note of the graph that a pass is about to see; check it if it is the first."""
         start = time.perf_counter()

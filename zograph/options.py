@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -35,6 +38,10 @@ class Options:
     on_nan: Literal["raise", "skip"]
     dynamic: bool
     backend: Literal["inductor", "eager"]
+    memory: int | Literal["minimum"] | None = None
+    """Bytes of the device that a step may take; None: no limit."""
+    storage: str | Path = "host"
+    """``host``, ``disk`` or the folder of the work file."""
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
@@ -54,12 +61,68 @@ class Options:
                 "passes must be a Pipeline: zograph.default_passes().insert_after(name, MyPass())."
             )
         self.passes.validate()
+        if not isinstance(self.storage, (str, Path)) or not str(self.storage):
+            raise OptionError(
+                f"storage={self.storage!r} is unknown; use 'host', 'disk' or a folder's path."
+            )
 
 
 def one_of(option: str, value: object, known: tuple[str, ...]) -> None:
     """Refuse a value outside a closed list."""
     if value not in known:
         raise OptionError(f"{option}={value!r} is unknown; use one of {', '.join(known)}.")
+
+
+UNITS = {"b": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("kmgt", 1)
+    for unit, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def parse_memory(memory: int | float | str | None, whole: int) -> int | Literal["minimum"] | None:
+    """Return a budget in bytes, ``minimum`` or None.
+
+    Parameters
+    ----------
+    memory
+        Bytes, a text such as ``8GB`` (10^9) or ``2GiB`` (2^30), ``minimum``, or a fraction of
+        the device's memory between 0 and 1.
+    whole
+        Bytes of the device's memory.
+
+    Raises
+    ------
+    OptionError
+        If it is none of these, or not positive.
+    """
+    if memory is None or memory == "minimum":
+        return memory  # type: ignore[return-value]
+    advice = "pass bytes, '8GB', '2GiB', a fraction below 1 of the device's memory, or 'minimum'."
+    found = (
+        re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", memory) if isinstance(memory, str) else None
+    )
+    if found is not None:
+        try:
+            nbytes = float(found[1]) * UNITS[(found[2] or "b").lower()]
+        except (KeyError, ValueError) as error:
+            raise OptionError(f"memory={memory!r} is no size; {advice}") from error
+    elif isinstance(memory, (int, float)) and not isinstance(memory, bool):
+        nbytes = float(memory)
+        if isinstance(memory, float) and 0 < memory < 1:
+            nbytes *= whole
+    else:
+        raise OptionError(f"memory={memory!r} is no size; {advice}")
+    if not math.isfinite(nbytes) or nbytes < 1:
+        raise OptionError(f"memory={memory!r} is no budget; {advice}")
+    return int(nbytes)
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of memory of a device; of the CPU, the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_lr(lr: float) -> float:

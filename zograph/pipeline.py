@@ -16,10 +16,12 @@ from zograph.passes import (
     Lower,
     Materialize,
     Normalize,
+    Offload,
     Outline,
     Partition,
     Pass,
     PassContext,
+    Schedule,
 )
 
 DUAL = frozenset({"dual", "materialized"})
@@ -51,7 +53,7 @@ def run(
     VerifyError
         If a pass leaves a graph that breaks a rule.
     """
-    passes.validate()
+    passes.validate(info(gm).facts)
     for pass_ in passes:
         observers.before(pass_, gm)
         result = pass_.apply(gm, ctx)
@@ -92,20 +94,30 @@ class Pipeline:
         """Return a pipeline with other passes (or none) in place of the one called `name`."""
         return self._spliced(self._index(name), 1, passes)
 
+    def split(self, name: str) -> tuple[Pipeline, Pipeline]:
+        """Return the passes ahead of the one called `name`, and the rest."""
+        at = self._index(name)
+        return Pipeline(self.passes[:at]), Pipeline(self.passes[at:])
+
     def for_evaluation(self) -> Pipeline:
         """Return the passes that apply to a graph without branches."""
         contracts = [(p, p.contract) for p in self.passes]
         return Pipeline(tuple(p for p, c in contracts if not (c.requires | c.provides) & DUAL))
 
-    def validate(self) -> None:
+    def validate(self, given: frozenset[str] = frozenset()) -> None:
         """Check the order against the contracts.
+
+        Parameters
+        ----------
+        given
+            Facts that earlier passes have provided.
 
         Raises
         ------
         PipelineError
             With the pass, the missing or forbidden fact, and who would provide it.
         """
-        facts: set[str] = set()
+        facts = set(given)
         for pass_ in self.passes:
             contract = pass_.contract
             if missing := sorted(contract.requires - facts):
@@ -138,6 +150,8 @@ def default_passes() -> Pipeline:
             DualPerturbation(),
             Materialize(),
             Outline(),
+            Offload(),
+            Schedule(),
             Lower(),
         )
     )

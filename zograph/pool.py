@@ -48,7 +48,8 @@ class Pool:
         Free storages not handed out for this long are given back to the system.
     limit : int, optional
         Bytes above which free storages are given back before a new one is made, the longest idle
-        first.  Live storages are never refused, so `bytes` may exceed it.
+        first.  Live storages are never refused, so `bytes` may exceed it; a storage larger than
+        the limit is not kept at all.
     """
 
     def __init__(self, *, idle_seconds: float = 10.0, limit: int | None = None) -> None:
@@ -88,9 +89,12 @@ class Pool:
         for size in shape:
             count *= size
         nbytes = count * dtype.itemsize
+        need = -(-nbytes // PAGE) * PAGE
         if nbytes < SMALL:
             return torch.empty(shape, dtype=dtype)
-        need = -(-nbytes // PAGE) * PAGE
+        if self.limit is not None and need > self.limit:  # nothing of it must be kept
+            self.clear()
+            return torch.empty(shape, dtype=dtype)
         strides = [1] * len(shape)
         for d in range(len(shape) - 1, 0, -1):
             strides[d - 1] = strides[d] * shape[d]
@@ -104,6 +108,13 @@ class Pool:
                 self._drop_idle(slot.used - self.idle_seconds)
         return out
 
+    def bound(self, limit: int | None) -> None:
+        """Set `limit`, and give free storages back until it is kept."""
+        with self._lock:
+            self.limit = limit
+            if limit is not None:
+                self._evict(limit)
+
     def trim(self, nbytes: int = 0) -> None:
         """Give free storages back, the longest idle first, until at most `nbytes` are held."""
         with self._lock:
@@ -114,10 +125,14 @@ class Pool:
         self.trim(0)
 
     def _find(self, need: int) -> _Slot | None:
-        """The best free fit: the smallest size of at least `need` and at most twice that."""
+        """The best free fit: the smallest size of at least `need`, at most twice that.
+
+        Under a limit no larger one will do: what a plan counts on is what it gets.
+        """
+        most = 2 * need if self.limit is None else need
         for i in range(bisect_left(self._sizes, need), len(self._sizes)):
             size = self._sizes[i]
-            if size > 2 * need:
+            if size > most:
                 return None
             for slot in self._slots[size]:
                 if slot.free():

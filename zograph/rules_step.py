@@ -10,11 +10,12 @@ from torch import fx
 from torch._ops import OpOverload
 
 from zograph import ir
+from zograph.transfers import is_transfer
 from zograph.verifier import Fault, Scope
 
 
 def branches(scope: Scope) -> Iterator[Fault]:
-    """No node sees both branches but the output and calls of whole stages."""
+    """No node sees both branches but the output, transfers and calls of whole stages."""
     reach: dict[fx.Node, frozenset[str]] = {}
     nothing: frozenset[str] = frozenset()
     for node in scope.nodes:
@@ -22,7 +23,8 @@ def branches(scope: Scope) -> Iterator[Fault]:
             continue
         record = scope.metas[node]
         seen = nothing.union(*(reach.get(s, nothing) for s in node.all_input_nodes))
-        if record.kind is ir.Kind.STAGE or _is_pair(node) or _is_item_of_both(node, scope):
+        both = record.kind is ir.Kind.STAGE or _is_pair(node) or is_transfer(node)
+        if both or _is_item_of_both(node, scope):
             reach[node] = frozenset(record.branch or ())
             continue
         reach[node] = frozenset(record.branch) if record.branch else seen
@@ -71,6 +73,12 @@ def hoisted(scope: Scope) -> Iterator[Fault]:
                 if param is None or param.trainable:
                     reason[node] = f"the trainable parameter {record.name}"
             continue
+        if record.kind is ir.Kind.WEIGHT:  # a list of weights may hold frozen ones as well
+            if params[str(record.name)].trainable:
+                reason[node] = f"the trainable parameter {record.name}"
+            continue
+        if is_transfer(node):
+            continue
         why = next((reason[s] for s in node.all_input_nodes if s in reason), None)
         if why is None and record.branch is not None:
             why = f"branch {record.branch}"
@@ -115,7 +123,8 @@ def facts(scope: Scope) -> Iterator[Fault]:
         yield Fault(out, expected, f"{len(results)} outputs", "keep outputs, or their index")
     if "outlined" in claimed:
         for node in scope.calls:
-            if node.target is not operator.getitem and not ir.is_shape(node):
+            moves = "offloaded" in claimed and is_transfer(node)
+            if node.target is not operator.getitem and not ir.is_shape(node) and not moves:
                 advice = "give the node a stage before outline, or take the fact back"
                 called = f"a call of {ir.op_name(node)}"
                 yield Fault(node, "stage calls and size arithmetic only", called, advice)

@@ -1,21 +1,34 @@
-"""Runs a lowered graph stage by stage, with all weights resident.
+"""Runs a scheduled graph: each transfer, fold and stage is a task, in the order of its schedule.
 
-A :class:`Program` is the graph as a list of stages; a :class:`Frame` holds the values of
-one forward through it. Several frames (micro-batches, directions) advance together: every
-one runs stage k before any runs stage k + 1, so that a weight is visited once per step.
+A :class:`Program` is the graph as tasks; a :class:`Frame` holds the values of one forward
+through it. Several frames (micro-batches, directions) advance together: every one runs stage k
+before any runs stage k + 1, so that a weight is visited once per step.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
+from zograph.arena import Arena
+from zograph.engine.threads import Session
 from zograph.ir import Kind, info, meta, output, placeholders
+from zograph.memory import give_back
+from zograph.pool import pool
+from zograph.schedule import Stream
+from zograph.transfers import FETCH, FOLD, WRITEBACK, is_transfer, weight_names
+from zograph.weights import Weights
+
+Frame = dict[fx.Node, Any]
+
+STORED = (Kind.PARAMETER, Kind.BUFFER, Kind.CONSTANT, Kind.WEIGHT)
+MOVES = {FETCH: "fetch", FOLD: "fold", WRITEBACK: "writeback"}
 
 
 @dataclass(frozen=True)
@@ -27,55 +40,48 @@ class Instruction:
     dies: tuple[fx.Node, ...]
 
 
-@dataclass
-class Stage:
-    """The instructions of one stage and the parameters that it is the first to visit."""
-
-    number: int | None
-    instructions: list[Instruction] = field(default_factory=list)
-    first_visits: tuple[str, ...] = ()
-
-
-Frame = dict[fx.Node, Any]
-
-
 class Program:
-    """A lowered graph, ready to run."""
+    """A scheduled graph as tasks, ready to run."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
+        record = info(gm)
+        self.schedule, self.layout, self.params = record.schedule, record.layout, record.params
         self.inputs = {str(meta(n).name): n for n in placeholders(gm, Kind.INPUT)}
         self.noise = {str(meta(n).name): n for n in placeholders(gm, Kind.NOISE)}
-        self.stored = {
-            n: (meta(n).kind, str(meta(n).name))
-            for n in placeholders(gm, Kind.PARAMETER, Kind.BUFFER, Kind.CONSTANT)
-            if n.users
-        }
         self.results: tuple[fx.Node, ...] = tuple(output(gm).args[0])  # type: ignore[arg-type]
-        self.stages = self._stages()
+        self.prelude: list[Instruction] = []
+        """What no stage computes: sizes."""
+        self.bodies: dict[str, list[Instruction]] = {}
+        self.moved: dict[str, tuple[str, ...]] = {}
+        """For each fetch, fold and write-back, the weights that it is about."""
+        self.compute: list[str] = []
+        """The folds and bodies, in the graph's order."""
+        self._read()
 
-    def _stages(self) -> list[Stage]:
+    def _read(self) -> None:
+        last = {s: n for n in self.gm.graph.nodes for s in n.all_input_nodes}
         kept = set(self.results)
-        last: dict[fx.Node, fx.Node] = {}
-        nodes = [n for n in self.gm.graph.nodes if n.op not in ("placeholder", "output")]
-        for node in nodes:
-            for source in node.all_input_nodes:
-                last[source] = node
-        stages: list[Stage] = [Stage(None)]
-        visited: set[str] = set()
-        for node in nodes:
+        for node in self.gm.graph.nodes:
+            if node.op in ("placeholder", "output") or meta(node).kind == Kind.WEIGHT:
+                continue
+            stage = meta(node).stage
+            if is_transfer(node):
+                if node.target in MOVES:
+                    task = f"{MOVES[node.target]} {stage}"
+                    self.moved[task] = weight_names(node)
+                    self.compute += [task] if node.target is FOLD else []
+                continue
             if meta(node).kind == Kind.STAGE:
-                stages.append(Stage(meta(node).stage))
-            sources = node.all_input_nodes
+                self.bodies[f"body {stage}"] = []
+                self.compute.append(f"body {stage}")
+            where = self.prelude if stage is None else self.bodies[f"body {stage}"]
             dies = tuple(
-                s for s in sources if last[s] is node and s not in kept and s not in self.stored
+                s
+                for s in node.all_input_nodes
+                if last[s] is node and s not in kept and meta(s).kind not in STORED
             )
-            stages[-1].instructions.append(Instruction(node, self._function(node), dies))
-            names = [self.stored[s][1] for s in sources if s in self.stored]
-            fresh = [n for n in names if n in info(self.gm).params and n not in visited]
-            visited.update(fresh)
-            stages[-1].first_visits += tuple(fresh)
-        return [s for s in stages if s.instructions]
+            where.append(Instruction(node, self._function(node), dies))
 
     def _function(self, node: fx.Node) -> Callable[..., Any]:
         if node.op == "call_module":
@@ -89,47 +95,176 @@ class Program:
     def frame(self, leaves: Mapping[str, Any], noise: Mapping[str, torch.Tensor]) -> Frame:
         """Start a forward: bind the batch's leaves and the step's noise inputs."""
         frame: Frame = {node: leaves[path] for path, node in self.inputs.items()}
-        frame.update((node, noise[name]) for name, node in self.noise.items())
+        frame.update((node, noise[name]) for name, node in self.noise.items() if name in noise)
         return frame
 
-    def run_stage(
-        self, stage: Stage, frame: Frame, fetch: Callable[[Kind, str], torch.Tensor]
+    def execute(
+        self,
+        instructions: Sequence[Instruction],
+        frame: Frame,
+        weight: Callable[[fx.Node], torch.Tensor],
     ) -> None:
-        """Run one stage of one forward.
-
-        Parameters
-        ----------
-        fetch
-            Returns the tensor of a parameter, buffer or constant by its name.
-        """
-        stored = self.stored
+        """Run instructions on one frame; `weight` returns what a node that stands for one means."""
 
         def value(node: fx.Node) -> Any:
-            return fetch(*stored[node]) if node in stored else frame[node]
+            return weight(node) if meta(node).kind in STORED else frame[node]
 
-        for step in stage.instructions:
+        for step in instructions:
             args = fx.node.map_arg(step.node.args, value)
             kwargs = fx.node.map_arg(step.node.kwargs, value)
             frame[step.node] = step.function(*args, **kwargs)
             for dead in step.dies:
                 frame.pop(dead, None)
 
-    def run(
-        self,
-        frames: Sequence[Frame],
-        fetch: Callable[[Kind, str], torch.Tensor],
-        visit: Callable[[Sequence[str]], None],
-    ) -> list[tuple[Any, ...]]:
-        """Run all frames, stage by stage; `visit` sees parameters before their first use.
+
+class Runner:
+    """Runs a program on the weights of a model; keeps slots and threads from step to step."""
+
+    def __init__(self, program: Program, weights: Weights) -> None:
+        self.program, self.weights = program, weights
+        self.moved_bytes = dict.fromkeys(Stream, 0)
+        """Bytes that each stream has moved so far."""
+        self._frames: Sequence[Frame] = ()
+        self._arena: Arena | None = None
+        self._session: Session | None = None
+        self._body: object = None
+        """The stage body that ran last."""
+        fetched = (
+            (task.removeprefix("fetch "), names)
+            for task, names in program.moved.items()
+            if task.startswith("fetch ")
+        )
+        self._slots: dict[str, tuple[str, ...]] = dict(fetched)
+        """The weights in each slot, in order."""
+        self._versions = {(s, n): 0 for s, names in self._slots.items() for n in names}
+
+    def run(self, frames: Sequence[Frame]) -> list[tuple[Any, ...]]:
+        """Run all frames through the graph once.
 
         Returns
         -------
         list of tuples
             The graph's outputs, one tuple a frame.
+
+        Raises
+        ------
+        StoreError
+            If a transfer fails. No update is lost: the same step can be run again.
         """
-        with torch.no_grad():
-            for stage in self.stages:
-                visit(stage.first_visits)
+        self._frames, program = frames, self.program
+        try:
+            with torch.no_grad():
                 for frame in frames:
-                    self.run_stage(stage, frame, fetch)
-        return [tuple(f[n] if isinstance(n, fx.Node) else n for n in self.results) for f in frames]
+                    program.execute(program.prelude, frame, self._weight)
+                if program.schedule is None:
+                    for task in program.compute:
+                        self._action(task)()
+                else:
+                    self._streaming().run()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._frames = ()
+        return [
+            tuple(f[n] if isinstance(n, fx.Node) else n for n in program.results) for f in frames
+        ]
+
+    def drain(self) -> None:
+        """Wait for every transfer under way.
+
+        Raises
+        ------
+        StoreError
+            If one fails.
+        """
+        if self._session is not None:
+            try:
+                self._session.drain()
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """End the threads and give the slots back; what is in them is not needed."""
+        if self._session is not None:
+            self._session.close()
+        self._session = self._arena = None
+
+    @property
+    def measured(self) -> dict[str, tuple[float, float]]:
+        """Start and end in seconds of each task's last run."""
+        return {} if self._session is None else dict(self._session.measured)
+
+    def _streaming(self) -> Session:
+        schedule, layout = self.program.schedule, self.program.layout
+        assert schedule is not None
+        assert layout is not None
+        if self._session is None:
+            self.weights.hold(layout.resident)
+            self._arena = Arena(schedule, self._slots, self.program.params)
+            self._session = Session(schedule, {t: self._action(t) for t in schedule.dag})
+        return self._session
+
+    def _action(self, task: str) -> Callable[[], None]:
+        """Return what a task does."""
+        kind, _, stage = task.partition(" ")
+        if kind == "body":
+            return partial(self._run_body, task)
+        run = {"fetch": self._fetch, "fold": self._fold, "writeback": self._write_back}[kind]
+        return partial(run, stage, self.program.moved[task])
+
+    def _run_body(self, task: str) -> None:
+        self._make_room(task)
+        for frame in self._frames:
+            self.program.execute(self.program.bodies[task], frame, self._weight)
+
+    def _make_room(self, task: str) -> None:
+        """Give back what earlier stages have left, where it would count against the budget."""
+        layout = self.program.layout
+        if layout is None or layout.budget is None:
+            return
+        pool.bound(layout.room_for_copies(int(task.removeprefix("body "))))
+        body = self.program.bodies[task][0].node.target
+        if body != self._body:
+            self._body = body
+            give_back()
+
+    def _weight(self, node: fx.Node) -> torch.Tensor:
+        record = meta(node)
+        name = str(record.name)
+        if record.kind == Kind.WEIGHT and (str(record.stage), name) in self._versions:
+            assert self._arena is not None
+            return self._arena.weight(str(record.stage), name)
+        kind = Kind.PARAMETER if record.kind == Kind.WEIGHT else record.kind
+        return self.weights.fetch(kind, name)
+
+    def _fetch(self, slot: str, names: Sequence[str]) -> None:
+        assert self._arena is not None
+        for name in names:
+            version = self.weights.version.get(name, 0)
+            nbytes = self.weights.store.read(name, self._arena.raw(slot, name))
+            self._versions[slot, name] = version
+            self.moved_bytes[self._streams[0]] += nbytes
+
+    def _fold(self, slot: str, names: Sequence[str]) -> None:
+        self.weights.fold_resident(n for n in names if (slot, n) not in self._versions)
+        for name in names:
+            if (slot, name) in self._versions:
+                assert self._arena is not None
+                weight, version = self._arena.weight(slot, name), self._versions[slot, name]
+                self._versions[slot, name] = self.weights.fold(name, weight, version)
+
+    def _write_back(self, slot: str, names: Sequence[str]) -> None:
+        assert self._arena is not None
+        for name in names:
+            version = self._versions[slot, name]
+            if version > self.weights.version[name]:
+                raw = self._arena.raw(slot, name)
+                self.moved_bytes[self._streams[1]] += self.weights.store.write(name, raw, version)
+                self.weights.version[name] = version
+
+    @property
+    def _streams(self) -> tuple[Stream, Stream]:
+        disk = self.weights.store.tier == "disk"
+        return (Stream.READ, Stream.WRITE) if disk else (Stream.TO_DEVICE, Stream.TO_HOST)

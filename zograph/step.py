@@ -15,12 +15,16 @@ from torch import fx, nn
 
 from zograph.capture import Evaluation
 from zograph.errors import BatchError, LossError
-from zograph.export import save_pretrained
-from zograph.graphs import Compiled, Graphs
+from zograph.export import LazyStateDict, save_pretrained, save_streamed
+from zograph.graphs import Captured, Compiled, Graphs
+from zograph.ir import info
 from zograph.noise import derive_seed
 from zograph.options import Options, check_lr
 from zograph.parameters import parameter_table
-from zograph.weights import Terms, Weights
+from zograph.plans import Plan, plan_of
+from zograph.runtime import Frame, Runner
+from zograph.schedule import Schedule
+from zograph.weights import Terms, open_weights
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,9 @@ class ZOStep:
         self._steps = 0
         table = parameter_table(model)
         warn_of_eval_mode(model)
-        model.to(options.device)
-        self._weights = Weights(model, table, options.distribution)
-        self._graphs = Graphs(model, options)
-        self._weights.constants = self._graphs.constants
+        self._weights = open_weights(model, table, options)
+        self._graphs = Graphs(model, options, self._weights)
+        self._running: Runner | None = None
 
     def __repr__(self) -> str:
         o = self.options
@@ -100,7 +103,33 @@ class ZOStep:
         RuntimeError
             Before the first step or :meth:`prepare`.
         """
-        return self._last_compiled().capture.gm
+        return self._last_compiled().gm
+
+    @property
+    def schedule(self) -> Schedule:
+        """When the tasks of the last used capture run: order, events, slots, timeline.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first step or :meth:`prepare`, or where nothing is streamed.
+        """
+        found = info(self.graph).schedule
+        if found is None:
+            raise RuntimeError("all weights stay on the device: pass memory= to stream them")
+        return found
+
+    @property
+    def plan(self) -> Plan:
+        """What a step of the last used capture takes; see :class:`zograph.Plan`.
+
+        Raises
+        ------
+        RuntimeError
+            As :attr:`schedule` does.
+        """
+        self.schedule  # noqa: B018  (it raises)
+        return plan_of(self.graph)
 
     @property
     def compile_seconds(self) -> dict[str, float]:
@@ -120,7 +149,8 @@ class ZOStep:
         BatchError, CaptureError
             As a step on this batch would.
         """
-        self._graphs.training(batch)
+        captured = self._graphs.training(batch)
+        self._graphs.compiled(captured, (captured.frame(batch),) * self.options.directions)
 
     def __call__(
         self, *, batches: Sequence[Mapping[str, Any]] | None = None, **batch: Any
@@ -151,45 +181,54 @@ class ZOStep:
         elif batch or not batches:
             raise BatchError("pass either one batch as keywords or a non-empty batches=[...]")
         self._weights.check()
-        served = [self._serve(b) for b in batches]
+        groups: dict[Captured, list[Mapping[str, Any]]] = {}
+        for one in batches:
+            groups.setdefault(self._graphs.training(one), []).append(one)
+        served = [self._serve(captured, group) for captured, group in groups.items()]
         seeds = [
             derive_seed(self.options.seed, self._steps, i) for i in range(self.options.directions)
         ]
         losses = self._measure(served, seeds)
         return self._finish(seeds, losses)
 
-    def _serve(self, batch: Mapping[str, Any]) -> tuple[Compiled, dict[str, Any]]:
-        compiled = self._graphs.training(batch)
-        return compiled, self._graphs.leaves(compiled, batch)
+    def _serve(
+        self, captured: Captured, batches: Sequence[Mapping[str, Any]]
+    ) -> tuple[Compiled, list[dict[str, Any]]]:
+        """Return the compiled graph for batches of one capture, and their leaves."""
+        leaves = [self._graphs.leaves(captured, batch) for batch in batches]
+        frames = tuple(captured.frame(batch) for batch in batches) * self.options.directions
+        return self._graphs.compiled(captured, frames), leaves
 
     def _noise(self, compiled: Compiled, seed: int) -> dict[str, torch.Tensor]:
         """Bind the noise inputs of a graph for one direction."""
-        device = self.options.device
         none = Terms.of(())
         noise = {"seeds": none.seeds, "coefs": none.coefs, "scales": none.scales}
         noise["seed"] = torch.tensor(seed, dtype=torch.int64)
         noise["eps"] = torch.tensor(self.options.eps, dtype=torch.float32)
-        for name in compiled.program.noise.keys() - noise.keys():
-            noise[name] = compiled.keys[name]
-        return {name: t.to(device) for name, t in noise.items()}
+        return {n: t.to(self.options.device) for n, t in (noise | compiled.keys).items()}
 
     def _measure(
-        self, served: Sequence[tuple[Compiled, dict[str, Any]]], seeds: Sequence[int]
+        self, served: Sequence[tuple[Compiled, list[dict[str, Any]]]], seeds: Sequence[int]
     ) -> list[tuple[float, float]]:
         """Return (loss+, loss-) of every direction, each the float32 mean over the batches."""
         sums = [[0.0, 0.0] for _ in seeds]
-        for compiled in dict.fromkeys(c for c, _ in served):
-            mine = [leaves for c, leaves in served if c is compiled]
-            program = compiled.program
+        for compiled, batches in served:
             noises = [self._noise(compiled, seed) for seed in seeds]
-            frames = [program.frame(leaves, noise) for noise in noises for leaves in mine]
-            results = program.run(frames, self._weights.fetch, self._weights.fold)
-            for i, (plus, minus) in enumerate(results):
-                sums[i // len(mine)][0] += float(plus)
-                sums[i // len(mine)][1] += float(minus)
-        self._weights.settle()
-        n = len(served)
+            program = compiled.runner.program
+            frames = [program.frame(leaves, noise) for noise in noises for leaves in batches]
+            for i, (plus, minus) in enumerate(self._run(compiled.runner, frames)):
+                sums[i // len(batches)][0] += float(plus)
+                sums[i // len(batches)][1] += float(minus)
+        n = sum(len(batches) for _, batches in served)
         return [(to_float32(p / n), to_float32(m / n)) for p, m in sums]
+
+    def _run(self, runner: Runner, frames: Sequence[Frame]) -> list[tuple[Any, ...]]:
+        """Run forwards through a graph; give back the slots of the graph that ran before it."""
+        if self._running is not runner and self._running is not None:
+            self._running.drain()
+            self._running.close()
+        self._running = runner
+        return runner.run(frames)
 
     def _finish(self, seeds: Sequence[int], losses: Sequence[tuple[float, float]]) -> torch.Tensor:
         """Turn the losses into pending terms and a record."""
@@ -207,7 +246,7 @@ class ZOStep:
                 (seed, to_float32(-self._lr * g / n), scale if i == 0 else 1.0)
                 for i, (seed, g) in enumerate(zip(seeds, grads, strict=True))
             ]
-            self._weights.owe(Terms.of(terms))
+            self._weights.owe(Terms.of(terms), self._steps + 1)
         plus = to_float32(sum(p for p, _ in losses) / n)
         minus = to_float32(sum(m for _, m in losses) / n)
         directions = tuple(
@@ -229,27 +268,44 @@ class ZOStep:
         is None where the batch fits the model but not `loss_fn`.
         """
         self._weights.check()
-        self.synchronize()
         loss_fn = self.options.loss_fn
         bare = loss_fn is not None and not fits(loss_fn, batch)
-        compiled = self._graphs.evaluation(batch, None if bare else loss_fn)
-        leaves = self._graphs.leaves(compiled, batch)
-        frames = [compiled.program.frame(leaves, {})]
-        (results,) = compiled.program.run(frames, self._weights.fetch, self._weights.fold)
+        captured = self._graphs.evaluation(batch, None if bare else loss_fn)
+        leaves = self._graphs.leaves(captured, batch)
+        compiled = self._graphs.compiled(captured, (captured.frame(batch),))
+        frame = compiled.runner.program.frame(leaves, {})
+        (results,) = self._run(compiled.runner, [frame])
         out = self._graphs.output(compiled, results)
         return Evaluation(None, out) if bare else out
 
     def synchronize(self) -> None:
-        """Fold every pending update into the model's parameters."""
-        self._weights.settle()
+        """Make every update visible in the model's parameters (in the work file, on a disk).
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the model's state dict with every update in it."""
+        Raises
+        ------
+        StoreError
+            If the disk fails. Nothing is lost: call it again when there is space.
+        """
+        if self._running is not None:
+            self._running.drain()
+            self._running.close()
+        self._weights.settle()
+        self._weights.show()
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the model's state dict with every update in it.
+
+        Of a model on a disk, a mapping that reads a tensor when it is asked for.
+        """
         self.synchronize()
+        if self._weights.elsewhere:
+            return LazyStateDict(self.model, self._weights.read)
         return dict(self.model.state_dict())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model as transformers does (or as safetensors), whole or not at all.
+
+        A model on a disk is written one tensor after the other.
 
         Raises
         ------
@@ -257,7 +313,10 @@ class ZOStep:
             If the folder cannot be written; nothing half-written stays behind.
         """
         self.synchronize()
-        save_pretrained(self.model, Path(folder))
+        if self._weights.elsewhere:
+            save_streamed(self.model, self._weights.read, Path(folder), self._weights.table)
+        else:
+            save_pretrained(self.model, Path(folder))
 
     def draw(self, path: str | Path, *, fold: bool = True) -> Path:
         """Draw the graph of the last used capture; see :func:`zograph.viz.draw`."""

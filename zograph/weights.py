@@ -1,13 +1,17 @@
-"""The model's own tensors, and the terms that they still owe.
+"""The weights of a model, wherever they live, and the terms that they still owe.
 
-A weight is its base plus pending terms (scale, coefficient, seed). One step's terms are
-pending when the step ends; the next visit of each parameter folds them into its base.
+A weight is its base plus pending terms (scale, coefficient, seed). A step's terms are pending
+when it ends; the next visit of each parameter folds them. What a parameter owes is told by its
+`version`, the number of steps whose terms are in its stored value: a transfer that fails, or a
+run that is interrupted, leaves the version behind and the terms in `Weights`, and the next visit
+makes up for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +19,12 @@ from torch import nn
 from zograph.errors import ParameterChangedError
 from zograph.ir import Kind, ParamInfo
 from zograph.ops import fold_
+from zograph.options import Options
+from zograph.stores.base import Store, padded, page_aligned
+from zograph.stores.disk import DiskStore
+from zograph.stores.folder import open_work_folder
+from zograph.stores.host import HostStore
+from zograph.stores.source import TensorSource, source_of
 
 
 @dataclass(frozen=True)
@@ -42,32 +52,108 @@ class Terms:
 class Weights:
     """Gives stages the tensors that they name, and folds pending terms on their way.
 
-    The tensors are looked up in the model at every visit, so that values which a user
-    changes between steps, in place or by a new parameter, are seen.
+    Where the store is the model itself, tensors are looked up in it at every visit, so that
+    values which a user changes between steps, in place or by a new parameter, are seen.
+
+    Parameters
+    ----------
+    store
+        Where the newest values are.
     """
 
-    def __init__(self, model: nn.Module, table: Mapping[str, ParamInfo], distribution: str) -> None:
+    def __init__(
+        self, model: nn.Module, table: Mapping[str, ParamInfo], distribution: str, store: Store
+    ) -> None:
         self.model = model
         self.table = table
         self.distribution = distribution
+        self.store = store
         self.constants: dict[str, torch.Tensor] = {}
+        self.held: dict[str, torch.Tensor] = {}
+        """Buffers (whole pages) of weights that stay on the device while their store is a disk."""
         self._owner: dict[str, tuple[nn.Module, str]] = {}
         for name in (*table, *(n for n, _ in model.named_buffers(remove_duplicate=False))):
-            path, _, attribute = name.rpartition(".")
-            self._owner[name] = (model.get_submodule(path), attribute)
-        self._terms = Terms.of(())
-        self._owing: set[str] = set()
+            self._owner[name] = owner_of(model, name)
+        self._terms: dict[int, Terms] = {}
+        """Terms that some weight still owes, by the number of steps that they complete."""
+        self.version = dict.fromkeys((n for n, p in table.items() if p.trainable), 0)
+
+    def on_device(self) -> frozenset[str]:
+        """Return the weights that have been read from a disk to stay."""
+        return frozenset(self.held)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the store writes to, None if it is memory."""
+        return self.store.folder.path if isinstance(self.store, DiskStore) else None
 
     def fetch(self, kind: Kind, name: str) -> torch.Tensor:
-        """Return a parameter, buffer or constant by name, contiguous."""
+        """Return a buffer, a constant or a weight that stays on the device, contiguous."""
         if kind == Kind.CONSTANT:
             return self.constants[name]
-        return self._tensor(name).detach().contiguous()
+        if kind == Kind.BUFFER:
+            return self._of_model(name).detach().contiguous()
+        return self.resident(name).contiguous()
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def resident(self, name: str) -> torch.Tensor:
+        """Return a weight where it stands: in the model, or in memory read from the disk."""
+        tensor = self.store.tensor(name)
+        if tensor is None:
+            tensor = typed(self.held[name], self.table[name])
+        return tensor
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Keep these weights of a disk, and no others, in memory.
+
+        Raises
+        ------
+        StoreError
+            If one cannot be read, or one that leaves cannot be written.
+        """
+        wanted = [n for n in names if self.store.tensor(n) is None]
+        for name in self.held.keys() - set(wanted):
+            self.save(name)
+            del self.held[name]
+        for name in wanted:
+            if name not in self.held:
+                buffer = page_aligned(padded(self.table[name].bytes))
+                self.store.read(name, buffer)
+                self.held[name] = buffer
+
+    def save(self, name: str) -> None:
+        """Write a held weight to its store if that has an older value."""
+        version = self.version.get(name, 0)
+        if version > self.store.fold_steps().get(name, 0):
+            self.store.write(name, self.held[name], version)
+
+    def _of_model(self, name: str) -> torch.Tensor:
         module, attribute = self._owner[name]
         tensor: torch.Tensor = getattr(module, attribute)
         return tensor
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the model itself has no memory for its weights."""
+        return any(self._of_model(name).is_meta for name in self.table)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the newest stored value of a weight, in memory of its own."""
+        buffer = page_aligned(padded(self.table[name].bytes))
+        self.store.read(name, buffer)
+        return typed(buffer, self.table[name])
+
+    def show(self) -> None:
+        """Copy the stored values into the model, if it has memory for them and is not the store.
+
+        Raises
+        ------
+        StoreError
+            If the store cannot be read.
+        """
+        if self.store.tier == "host" or self.elsewhere:
+            return
+        for name in self.version:
+            self._of_model(name).detach().copy_(self.read(name))
 
     def check(self) -> None:
         """See that every parameter still is what was compiled.
@@ -78,7 +164,7 @@ class Weights:
             If a parameter's shape, dtype or trainability has changed.
         """
         for name, known in self.table.items():
-            tensor = self._tensor(name)
+            tensor = self._of_model(name)
             found = (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
             if found != (known.shape, known.dtype, known.trainable):
                 raise ParameterChangedError(
@@ -87,19 +173,25 @@ class Weights:
                     f"{list(tensor.shape)}, requires_grad={tensor.requires_grad}. Compile again."
                 )
 
-    def owe(self, terms: Terms) -> None:
-        """Make one step's terms pending for every trainable parameter."""
-        assert not self._owing, "the terms of the step before were not folded"
-        self._terms = terms
-        self._owing = {name for name, p in self.table.items() if p.trainable}
+    def owe(self, terms: Terms, steps: int) -> None:
+        """Make the terms of a run's newest step pending for every trainable parameter.
 
-    def fold(self, names: Iterable[str]) -> None:
-        """Apply the pending terms to those of the named parameters that still owe them."""
-        for name in names:
-            if name in self._owing:
-                param, terms = self.table[name], self._terms
+        Parameters
+        ----------
+        steps
+            The number of steps so far, this one included.
+        """
+        oldest = min(self.version.values())
+        self._terms = {s: t for s, t in self._terms.items() if s > oldest}
+        self._terms[steps] = terms
+
+    def fold(self, name: str, weight: torch.Tensor, version: int) -> int:
+        """Apply to a weight of a version, in place, what it still owes; return its new version."""
+        param = self.table[name]
+        for steps, terms in self._terms.items():
+            if steps > version:
                 fold_(
-                    self._tensor(name),
+                    weight,
                     terms.seeds,
                     terms.coefs,
                     terms.scales,
@@ -107,8 +199,69 @@ class Weights:
                     distribution=self.distribution,
                     decay=param.decay,
                 )
-                self._owing.discard(name)
+                version = steps
+        return version
 
-    def settle(self) -> None:
-        """Fold whatever is still pending."""
-        self.fold(sorted(self._owing))
+    def fold_resident(self, names: Iterable[str]) -> None:
+        """Fold weights that stay on the device, where they stand."""
+        for name in names:
+            self.version[name] = self.fold(name, self.resident(name), self.version[name])
+
+    def settle(self, on_write: Callable[[int], None] = lambda _: None) -> None:
+        """Fold whatever is pending into the store, one weight at a time.
+
+        Raises
+        ------
+        StoreError
+            If the store fails; what was not folded stays pending.
+        """
+        newest = max(self._terms, default=0)
+        for name, version in self.version.items():
+            if name in self.held or self.store.tensor(name) is not None:
+                self.fold_resident([name])
+            elif version < newest:
+                buffer = page_aligned(padded(self.table[name].bytes))
+                self.store.read(name, buffer)
+                folded = self.fold(name, typed(buffer, self.table[name]), version)
+                on_write(self.store.write(name, buffer, folded))
+                self.version[name] = folded
+            if name in self.held:
+                self.save(name)
+
+
+def open_weights(model: nn.Module, table: Mapping[str, ParamInfo], options: Options) -> Weights:
+    """Open the store that the options ask for; move to the device what stays there.
+
+    Raises
+    ------
+    StoreError
+        If the work folder cannot be used.
+    """
+    source = source_of(model)
+    if source is None and options.storage == "host":
+        pinned = options.memory is not None and options.device.type == "cuda"
+        if not pinned:
+            model.to(options.device)
+        owner = {n: owner_of(model, n) for n in table}
+        store: Store = HostStore(lambda name: getattr(*owner[name]), table, pinned=pinned)
+    else:
+        asked = options.storage if source is None or options.storage != "host" else source.storage
+        folder = None if str(asked) in ("host", "disk") else Path(asked)
+        parameters = dict(model.named_parameters())
+        known = source or TensorSource(parameters.__getitem__)
+        store = DiskStore(open_work_folder(folder), table, known)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(options.device))
+    return Weights(model, table, options.distribution, store)
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a parameter or buffer, and its name there."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def typed(buffer: torch.Tensor, param: ParamInfo) -> torch.Tensor:
+    """Return a parameter's value in a buffer of bytes, in its own shape and dtype."""
+    return buffer[: param.bytes].view(param.dtype).view(param.shape)

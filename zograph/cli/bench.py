@@ -1,4 +1,4 @@
-"""`zograph bench step`: the compiled step against two forwards and a plain MeZO step."""
+"""`zograph bench`: the compiled step against two forwards and a plain MeZO step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from zograph.cli import bench_offload
 from zograph.cli.inputs import InputError, integer
 from zograph.cli.output import check_file
 
@@ -26,6 +27,7 @@ def add_parser(subparsers: Any) -> None:
     """Register the subcommand."""
     bench: argparse.ArgumentParser = subparsers.add_parser("bench", help="measure this machine")
     kinds = bench.add_subparsers(dest="kind", metavar="KIND", required=True)
+    bench_offload.add_parser(kinds)
     parser = kinds.add_parser(
         "step",
         help="a step against two forwards and a plain MeZO step",
@@ -57,21 +59,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def build(name: str, layers: int | None = None) -> Any:
-    """Build a model of a published shape, or of a folder's config, with random weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig
+def config_of(name: str, option: str = "--model") -> Any:
+    """Return the config of a published shape, or of a folder."""
+    from transformers import AutoConfig, OPTConfig
 
     if name in SHAPES:
         shape: dict[str, Any] = dict(SHAPES[name])
         heads = shape.pop("heads")
-        config = OPTConfig(
+        return OPTConfig(
             **shape, num_attention_heads=heads, word_embed_proj_dim=shape["hidden_size"]
         )
-    elif Path(name).is_dir():
-        config = AutoConfig.from_pretrained(name)
-    else:
-        raise InputError(f"--model {name}: no folder; known shapes are {', '.join(SHAPES)}")
+    if Path(name).is_dir():
+        return AutoConfig.from_pretrained(name)
+    raise InputError(f"{option} {name}: no folder; known shapes are {', '.join(SHAPES)}")
+
+
+def build(name: str, layers: int | None = None) -> Any:
+    """Build a model of a published shape, or of a folder's config, with random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(name)
     if layers:
         config.num_hidden_layers = layers
     torch.manual_seed(0)

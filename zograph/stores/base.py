@@ -6,9 +6,10 @@ name. It knows nothing of stages, budgets or schedules, so that any plan can run
 
 from __future__ import annotations
 
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -21,6 +22,15 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
+def page_aligned(nbytes: int) -> torch.Tensor:
+    """Return a uint8 buffer that starts on a page and takes memory as it is first touched.
+
+    It is given back when the last tensor that views it is gone.
+    """
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
+
+
 class Store(ABC):
     """The newest value of every parameter, by first name.
 
@@ -29,7 +39,7 @@ class Store(ABC):
     of ``padded(parameter bytes)`` bytes; the padding holds anything.
     """
 
-    tier: ClassVar[str]
+    tier: ClassVar[Literal["host", "disk"]]
     """``host`` or ``disk``."""
 
     @abstractmethod

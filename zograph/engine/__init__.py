@@ -1,0 +1,1 @@
+"""What runs a schedule: streams, events and the tasks on them."""

@@ -1,0 +1,69 @@
+"""How a step uses memory: what the planner decides and the passes offload and schedule act on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from zograph.meter import Cost
+
+if TYPE_CHECKING:
+    from zograph.device import DeviceSpec
+
+Tier = Literal["host", "disk"]
+
+
+@dataclass(frozen=True)
+class StageUse:
+    """What one stage of an outlined graph needs at given sizes."""
+
+    stage: int
+    body: str | None
+    """Target of the call; None for a stage that only folds weights that no operator uses."""
+    weights: tuple[str, ...]
+    live: int
+    """Bytes of values that other stages made and that are alive while this one runs."""
+    cost: Cost
+    """Of its body, over all batches: peaks are the largest, work is the sum."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes beside weights and slots while the stage runs."""
+        return self.live + self.cost.peak_bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where weights stand and what else takes memory, for one graph and one set of sizes."""
+
+    tier: Tier
+    spec: DeviceSpec
+    budget: int | Literal["minimum"] | None
+    """What was asked for: bytes, the smallest that is enough, or no limit."""
+    resident: frozenset[str] = field(repr=False)
+    """Parameters that stay on the device; the others are streamed."""
+    held: int
+    """Bytes of the resident parameters."""
+    slots: int
+    """Bytes of the arena that streamed weights pass through."""
+    pair: int | None
+    """Largest perturbed copy, in bytes, that is made together with its twin; None: all."""
+    cut: int | None
+    fixed: int
+    """Bytes of buffers, constants, tables of keys and the batch itself."""
+    uses: tuple[StageUse, ...] = field(repr=False)
+
+    @property
+    def peak(self) -> int:
+        """Most bytes of perturbed copies and activations at once."""
+        return max((u.peak for u in self.uses), default=0)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the device that a step takes."""
+        return self.fixed + self.held + self.slots + self.peak
+
+    def room_for_copies(self, stage: int) -> int:
+        """Return the bytes of perturbed copies that may be kept all through a stage."""
+        (use,) = (u for u in self.uses if u.stage == stage)
+        return max(0, self.peak - use.live - use.cost.rest_bytes)

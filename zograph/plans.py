@@ -1,0 +1,131 @@
+"""What a step will take: memory by item, bytes moved, predicted time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import fx
+
+from zograph.ir import ParamInfo, info, meta
+from zograph.schedule import Schedule, Stream
+from zograph.stores.base import padded
+from zograph.transfers import FETCH, WRITEBACK
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of one step for one set of sizes. All figures are predictions.
+
+    Attributes
+    ----------
+    device_bytes
+        Memory of the device at its highest: the sum of `items`. Not counted are the CUDA context,
+        workspaces of libraries and code.
+    host_bytes
+        Host memory beside the device: the stored weights, or buffers on the way to a disk.
+    disk_bytes
+        The work file's two copies of every trainable weight; 0 where weights stay in memory.
+    step_seconds
+        From step to step, in the steady state.
+    overlap
+        The share of transfer time that is hidden under compute, 0 to 1.
+    bytes_moved
+        Bytes a step on each transfer stream.
+    busy
+        Seconds a step for which each stream works.
+    limiting
+        The stream with the most to do.
+    items
+        What the device's memory is for.
+    """
+
+    device: str
+    tier: str
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    step_seconds: float
+    overlap: float
+    bytes_moved: dict[str, int]
+    busy: dict[str, float]
+    limiting: str
+    items: dict[str, int]
+    stages: int
+    cut: int | None
+    """Most bytes of weights a stage may hold; None: whole blocks."""
+    resident: int
+    """Parameters that stay on the device."""
+    parameters: int
+
+    @property
+    def transfer_seconds(self) -> float:
+        """The longest that a transfer stream works in a step."""
+        return max((s for n, s in self.busy.items() if n != Stream.COMPUTE), default=0.0)
+
+    @property
+    def bound_seconds(self) -> float:
+        """The physical limit of a step: the busiest stream's time."""
+        return max(self.busy.values(), default=0.0)
+
+    @property
+    def balance(self) -> float:
+        """How many times the batch, or the directions, would make compute as long as transfer."""
+        compute = self.busy.get(Stream.COMPUTE, 0.0)
+        return self.transfer_seconds / compute if compute else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields and derived figures as values that ``json`` can write."""
+        return asdict(self) | {"bound_seconds": self.bound_seconds, "balance": self.balance}
+
+
+def plan_of(gm: fx.GraphModule) -> Plan:
+    """Return the plan of a scheduled graph."""
+    record = info(gm)
+    layout, schedule, params = record.layout, record.schedule, record.params
+    assert layout is not None
+    assert schedule is not None
+    weights = sum(padded(p.bytes) for p in params.values())
+    trainable = sum(padded(p.bytes) for p in params.values() if p.trainable)
+    staging = schedule.capacity.get("staging", 0)
+    host = layout.tier == "host" and (layout.spec.kind == "cuda" or bool(layout.slots))
+    top = max(layout.uses, key=lambda u: u.peak)
+    scratch = min(top.cost.scratch_bytes, top.peak)
+    items = {
+        "resident weights": layout.held,
+        "slots": layout.slots,
+        "perturbed copies": scratch,
+        "activations": top.peak - scratch,
+        "batch, buffers and keys": layout.fixed,
+    }
+    return Plan(
+        device=layout.spec.name,
+        tier=layout.tier,
+        device_bytes=sum(items.values()),
+        host_bytes=weights if host else staging,
+        disk_bytes=2 * trainable if layout.tier == "disk" else 0,
+        step_seconds=schedule.seconds,
+        overlap=schedule.overlap,
+        bytes_moved=moved(gm, schedule, params),
+        busy={str(s): seconds for s, seconds in schedule.busy.items()},
+        limiting=str(schedule.limiting),
+        items=items,
+        stages=len(layout.uses),
+        cut=layout.cut,
+        resident=len(layout.resident),
+        parameters=len(params),
+    )
+
+
+def moved(gm: fx.GraphModule, schedule: Schedule, params: dict[str, ParamInfo]) -> dict[str, int]:
+    """Return the bytes that each transfer stream moves in a step with pending updates."""
+    streams = {
+        FETCH: [s for s in (Stream.READ, Stream.TO_DEVICE) if s in schedule.order],
+        WRITEBACK: [s for s in (Stream.TO_HOST, Stream.WRITE) if s in schedule.order],
+    }
+    total: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        for stream in streams.get(node.target, ()):
+            nbytes = sum(params[str(meta(n).name)].bytes for n in node.args[0])
+            total[str(stream)] = total.get(str(stream), 0) + nbytes
+    return total

@@ -1,0 +1,123 @@
+"""The ops that move weights: `zograph::fetch`, `wait`, `fold`, `writeback` and `release`.
+
+In a graph they are functional: what an op changes it returns, so every effect is an edge, and a
+graph can be run as it stands to see what it means. The runtime does not call them: it turns each
+into a task on a stream, and the returned tensors into slots of one arena.
+
+``fetch(stored, after)``
+    starts copies of stored weights into slots; `after` are tokens of the releases whose slots
+    are filled anew.
+``wait(fetched)``
+    the fetched weights, once they have arrived.
+``fold(weights, seeds, coefs, scales, keys, slots, decay, distribution)``
+    the weights with their pending terms applied (docs/noise.md).
+``writeback(weights)``
+    the stored values from now on.
+``release(weights, uses)``
+    a token: nothing reads the slots of `weights` any more, once `uses` have been computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import has_side_effect
+
+from zograph.ir import meta
+from zograph.ops import fold_
+
+__all__ = [
+    "FETCH",
+    "FOLD",
+    "RELEASE",
+    "TRANSFERS",
+    "WAIT",
+    "WRITEBACK",
+    "is_transfer",
+    "weight_names",
+]
+
+_SCHEMAS = {
+    "fetch": "(Tensor[] stored, Tensor[] after) -> Tensor[]",
+    "wait": "(Tensor[] fetched) -> Tensor[]",
+    "fold": "(Tensor[] weights, Tensor seeds, Tensor coefs, Tensor scales, Tensor keys, "
+    "int[] slots, bool[] decay, str distribution) -> Tensor[]",
+    "writeback": "(Tensor[] weights) -> Tensor[]",
+    "release": "(Tensor[] weights, Tensor[] uses) -> Tensor",
+}
+
+
+def _copies(tensors: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+
+
+def _fold(
+    weights: Sequence[Tensor],
+    seeds: Tensor,
+    coefs: Tensor,
+    scales: Tensor,
+    keys: Tensor,
+    slots: Sequence[int],
+    decay: Sequence[bool],
+    distribution: str,
+) -> list[Tensor]:
+    out = _copies(weights)
+    for w, slot, decays in zip(out, slots, decay, strict=True):
+        fold_(w, seeds, coefs, scales, keys[slot], distribution=distribution, decay=decays)
+    return out
+
+
+def _token(weights: Sequence[Tensor], uses: Sequence[Tensor]) -> Tensor:
+    return weights[0].new_empty(0, dtype=torch.uint8)
+
+
+def _empty(tensors: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+    "fetch": (_copies, _empty),
+    "wait": (_copies, _empty),
+    "fold": (_fold, _empty),
+    "writeback": (_copies, _empty),
+    "release": (_token, _token),
+}
+
+
+def _register() -> None:
+    library = torch.library.Library("zograph", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name, schema in _SCHEMAS.items():
+        real, fake = _IMPLEMENTATIONS[name]
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        library.impl(name, real, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"zograph::{name}", fake, lib=library)
+    _libraries.append(library)
+
+
+_libraries: list[torch.library.Library] = []  # a Library unregisters its ops when it dies
+_register()
+
+FETCH = torch.ops.zograph.fetch.default
+WAIT = torch.ops.zograph.wait.default
+FOLD = torch.ops.zograph.fold.default
+WRITEBACK = torch.ops.zograph.writeback.default
+RELEASE = torch.ops.zograph.release.default
+
+TRANSFERS = (FETCH, WAIT, FOLD, WRITEBACK, RELEASE)
+
+for _op in (WRITEBACK, RELEASE):  # what they do outlives their results
+    has_side_effect(_op)
+
+
+def is_transfer(node: fx.Node) -> bool:
+    """Whether the node moves or updates stored weights."""
+    return node.op == "call_function" and node.target in TRANSFERS
+
+
+def weight_names(node: fx.Node) -> tuple[str, ...]:
+    """Return the names of the weights that a fetch, fold, write-back or release is about."""
+    moved: Any = node.args[0]
+    return tuple(str(meta(n).name) for n in moved)
