@@ -9,7 +9,8 @@ from zograph.noise import noise
 from zograph.paper import plan
 from zograph.pipeline import Pipeline, default_passes
 from zograph.plans import Plan
-from zograph.step import Direction, StepRecord, ZOStep
+from zograph.records import Direction, StepRecord
+from zograph.step import ZOStep
 
 __version__ = "0.1.0"
 

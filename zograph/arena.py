@@ -1,4 +1,4 @@
-"""The memory that streamed weights pass through, and its views by stage and parameter."""
+"""The memory that streamed weights pass through, and its views by slot and parameter."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import torch
 
 from zograph.ir import ParamInfo
 from zograph.schedule import Schedule
-from zograph.stores.base import padded, page_aligned
+from zograph.stores.base import padded
 from zograph.weights import typed
 
 
 class Arena:
-    """One buffer for all slots of a schedule; every parameter starts on a page.
+    """One buffer for the slots of a schedule; every parameter starts on a page.
 
     Parameters
     ----------
+    buffer
+        Bytes, page-aligned, as many as the schedule's peak in this arena.
     schedule
-        Its offsets say where each stage's slot stands.
+        Its offsets say where each slot stands.
     weights
         For each slot, the parameters that it holds, in order.
     params
@@ -27,22 +29,21 @@ class Arena:
 
     def __init__(
         self,
+        buffer: torch.Tensor,
         schedule: Schedule,
         weights: Mapping[str, tuple[str, ...]],
         params: Mapping[str, ParamInfo],
     ) -> None:
-        self.bytes = schedule.peak.get("device", 0)
-        self._buffer = page_aligned(self.bytes)
+        self.bytes = buffer.numel()
         self._raw: dict[tuple[str, str], torch.Tensor] = {}
         self._typed: dict[tuple[str, str], torch.Tensor] = {}
         for slot, names in weights.items():
             at = schedule.offsets[slot]
             for name in names:
-                param = params[name]
-                raw = self._buffer[at : at + padded(param.bytes)]
+                raw = buffer[at : at + padded(params[name].bytes)]
                 self._raw[slot, name] = raw
-                self._typed[slot, name] = typed(raw, param)
-                at += padded(param.bytes)
+                self._typed[slot, name] = typed(raw, params[name])
+                at += padded(params[name].bytes)
             end = schedule.offsets[slot] + schedule.units[slot].bytes
             assert at == end <= self.bytes, f"slot {slot} exceeds the arena"
 

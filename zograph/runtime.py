@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from zograph.arena import Arena
+from zograph.engine.cuda import CudaSession
 from zograph.engine.threads import Session
 from zograph.ir import Kind, info, meta, output, placeholders
 from zograph.memory import give_back
 from zograph.pool import pool
-from zograph.schedule import Stream
+from zograph.slots import Slots, open_slots
 from zograph.transfers import FETCH, FOLD, WRITEBACK, is_transfer, weight_names
 from zograph.weights import Weights
 
@@ -83,6 +83,11 @@ class Program:
             )
             where.append(Instruction(node, self._function(node), dies))
 
+    def held(self) -> dict[str, tuple[str, ...]]:
+        """Return the weights of each slot, in order."""
+        fetches = ((t.partition(" "), names) for t, names in self.moved.items())
+        return {slot: names for (kind, _, slot), names in fetches if kind == "fetch"}
+
     def _function(self, node: fx.Node) -> Callable[..., Any]:
         if node.op == "call_module":
             return self.gm.get_submodule(str(node.target))
@@ -122,21 +127,12 @@ class Runner:
 
     def __init__(self, program: Program, weights: Weights) -> None:
         self.program, self.weights = program, weights
-        self.moved_bytes = dict.fromkeys(Stream, 0)
-        """Bytes that each stream has moved so far."""
-        self._frames: Sequence[Frame] = ()
-        self._arena: Arena | None = None
+        self.slots: Slots | None = None
+        """The slots, while the schedule is running."""
         self._session: Session | None = None
+        self._frames: Sequence[Frame] = ()
         self._body: object = None
         """The stage body that ran last."""
-        fetched = (
-            (task.removeprefix("fetch "), names)
-            for task, names in program.moved.items()
-            if task.startswith("fetch ")
-        )
-        self._slots: dict[str, tuple[str, ...]] = dict(fetched)
-        """The weights in each slot, in order."""
-        self._versions = {(s, n): 0 for s, names in self._slots.items() for n in names}
 
     def run(self, frames: Sequence[Frame]) -> list[tuple[Any, ...]]:
         """Run all frames through the graph once.
@@ -189,30 +185,42 @@ class Runner:
         """End the threads and give the slots back; what is in them is not needed."""
         if self._session is not None:
             self._session.close()
-        self._session = self._arena = None
+        if self.slots is not None:
+            self.slots.close()
+        self._session = self.slots = None
+        pool.bound(None)
 
     @property
     def measured(self) -> dict[str, tuple[float, float]]:
         """Start and end in seconds of each task's last run."""
-        return {} if self._session is None else dict(self._session.measured)
+        return {} if self._session is None else self._session.measured
 
     def _streaming(self) -> Session:
+        """Return the running schedule; start it where it is not."""
         schedule, layout = self.program.schedule, self.program.layout
         assert schedule is not None
         assert layout is not None
         if self._session is None:
             self.weights.hold(layout.resident)
-            self._arena = Arena(schedule, self._slots, self.program.params)
-            self._session = Session(schedule, {t: self._action(t) for t in schedule.dag})
+            held = self.program.held()
+            self.slots = open_slots(schedule, held, self.program.params, self.weights)
+            actions = {task: self._action(task) for task in schedule.dag}
+            if self.weights.device.type == "cuda":
+                self._session = CudaSession(schedule, actions, self.weights.device)
+            else:
+                self._session = Session(schedule, actions)
         return self._session
 
     def _action(self, task: str) -> Callable[[], None]:
         """Return what a task does."""
-        kind, _, stage = task.partition(" ")
+        kind, _, slot = task.partition(" ")
         if kind == "body":
             return partial(self._run_body, task)
-        run = {"fetch": self._fetch, "fold": self._fold, "writeback": self._write_back}[kind]
-        return partial(run, stage, self.program.moved[task])
+        if kind == "fold":
+            return partial(self._fold, slot, self.program.moved[task])
+        assert self.slots is not None
+        moved = {"read": "fetch", "write": "writeback"}.get(kind, kind)
+        return partial(self.slots.action(kind), slot, self.program.moved[f"{moved} {slot}"])
 
     def _run_body(self, task: str) -> None:
         self._make_room(task)
@@ -222,7 +230,7 @@ class Runner:
     def _make_room(self, task: str) -> None:
         """Give back what earlier stages have left, where it would count against the budget."""
         layout = self.program.layout
-        if layout is None or layout.budget is None:
+        if layout is None or layout.budget is None or self.weights.device.type != "cpu":
             return
         pool.bound(layout.room_for_copies(int(task.removeprefix("body "))))
         body = self.program.bodies[task][0].node.target
@@ -232,39 +240,16 @@ class Runner:
 
     def _weight(self, node: fx.Node) -> torch.Tensor:
         record = meta(node)
-        name = str(record.name)
-        if record.kind == Kind.WEIGHT and (str(record.stage), name) in self._versions:
-            assert self._arena is not None
-            return self._arena.weight(str(record.stage), name)
-        kind = Kind.PARAMETER if record.kind == Kind.WEIGHT else record.kind
-        return self.weights.fetch(kind, name)
-
-    def _fetch(self, slot: str, names: Sequence[str]) -> None:
-        assert self._arena is not None
-        for name in names:
-            version = self.weights.version.get(name, 0)
-            nbytes = self.weights.store.read(name, self._arena.raw(slot, name))
-            self._versions[slot, name] = version
-            self.moved_bytes[self._streams[0]] += nbytes
+        name, slot = str(record.name), str(record.stage)
+        if record.kind != Kind.WEIGHT:
+            return self.weights.fetch(record.kind, name)
+        if self.slots is not None and (slot, name) in self.slots.versions:
+            return self.slots.arena.weight(slot, name)
+        return self.weights.fetch(Kind.PARAMETER, name)
 
     def _fold(self, slot: str, names: Sequence[str]) -> None:
-        self.weights.fold_resident(n for n in names if (slot, n) not in self._versions)
         for name in names:
-            if (slot, name) in self._versions:
-                assert self._arena is not None
-                weight, version = self._arena.weight(slot, name), self._versions[slot, name]
-                self._versions[slot, name] = self.weights.fold(name, weight, version)
-
-    def _write_back(self, slot: str, names: Sequence[str]) -> None:
-        assert self._arena is not None
-        for name in names:
-            version = self._versions[slot, name]
-            if version > self.weights.version[name]:
-                raw = self._arena.raw(slot, name)
-                self.moved_bytes[self._streams[1]] += self.weights.store.write(name, raw, version)
-                self.weights.version[name] = version
-
-    @property
-    def _streams(self) -> tuple[Stream, Stream]:
-        disk = self.weights.store.tier == "disk"
-        return (Stream.READ, Stream.WRITE) if disk else (Stream.TO_DEVICE, Stream.TO_HOST)
+            if self.slots is not None and (slot, name) in self.slots.versions:
+                self.slots.fold(slot, name)
+            else:
+                self.weights.fold_resident(name)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from zograph.capture import Evaluation
-from zograph.errors import BatchError, LossError
+from zograph.errors import BatchError
 from zograph.export import LazyStateDict, save_pretrained, save_streamed
 from zograph.graphs import Captured, Compiled, Graphs
 from zograph.ir import info
@@ -22,38 +20,10 @@ from zograph.noise import derive_seed
 from zograph.options import Options, check_lr
 from zograph.parameters import parameter_table
 from zograph.plans import Plan, plan_of
+from zograph.records import Outcome, StepRecord
 from zograph.runtime import Frame, Runner
 from zograph.schedule import Schedule
 from zograph.weights import Terms, open_weights
-
-
-@dataclass(frozen=True)
-class Direction:
-    """What one seeded direction of a step measured."""
-
-    seed: int
-    loss_plus: float
-    loss_minus: float
-    projected_grad: float
-    """(loss_plus - loss_minus) / (2 eps), in float64."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step did.
-
-    With several directions `loss_plus`, `loss_minus` and `projected_grad` are their means
-    and `seed` is the first direction's; `directions` holds each one.
-    """
-
-    step: int
-    seed: int
-    loss_plus: float
-    loss_minus: float
-    projected_grad: float
-    lr: float
-    skipped: bool
-    directions: tuple[Direction, ...]
 
 
 class ZOStep:
@@ -62,7 +32,7 @@ class ZOStep:
     Attributes
     ----------
     last : StepRecord or None
-        The record of the newest step; None before the first.
+        The record of the newest step; None before the first. On a GPU, reading it waits.
     lr : float
         The learning rate of the next step; assign to it for a schedule.
     """
@@ -70,7 +40,8 @@ class ZOStep:
     def __init__(self, model: nn.Module, lr: float, options: Options) -> None:
         self.model = model
         self.options = options
-        self.last: StepRecord | None = None
+        self._outcome: Outcome | None = None
+        self._unchecked: list[Outcome] = []
         self._lr = check_lr(lr)
         self._steps = 0
         table = parameter_table(model)
@@ -85,6 +56,11 @@ class ZOStep:
             f"ZOStep({type(self.model).__name__}, step={self._steps}, lr={self._lr}, eps={o.eps}, "
             f"method={o.method!r}, backend={o.backend!r}, device='{o.device}')"
         )
+
+    @property
+    def last(self) -> StepRecord | None:
+        """The record of the newest step; None before the first."""
+        return None if self._outcome is None else self._outcome.record
 
     @property
     def lr(self) -> float:
@@ -167,12 +143,13 @@ class ZOStep:
         Returns
         -------
         torch.Tensor
-            0-dim float32 on the CPU: the mean of the branch losses.
+            0-dim float32 on the device: the mean of the branch losses.
 
         Raises
         ------
         LossError
-            If a loss is not finite and ``on_nan="raise"``. The weights stay as they were.
+            If a loss is not finite and ``on_nan="raise"``. The weights stay as they were. On a
+            GPU, which is not waited for, a later call or :meth:`synchronize` raises it.
         BatchError, CaptureError, ParameterChangedError
             Before anything ran.
         """
@@ -180,6 +157,7 @@ class ZOStep:
             batches = [batch]
         elif batch or not batches:
             raise BatchError("pass either one batch as keywords or a non-empty batches=[...]")
+        self._check_losses()
         self._weights.check()
         groups: dict[Captured, list[Mapping[str, Any]]] = {}
         for one in batches:
@@ -209,18 +187,20 @@ class ZOStep:
 
     def _measure(
         self, served: Sequence[tuple[Compiled, list[dict[str, Any]]]], seeds: Sequence[int]
-    ) -> list[tuple[float, float]]:
-        """Return (loss+, loss-) of every direction, each the float32 mean over the batches."""
-        sums = [[0.0, 0.0] for _ in seeds]
+    ) -> torch.Tensor:
+        """Return loss+ and loss- of every direction, each the mean over the batches.
+
+        float32 [directions, 2], on the device; added up in float64.
+        """
+        sums: list[Any] = [0.0 for _ in seeds]
         for compiled, batches in served:
             noises = [self._noise(compiled, seed) for seed in seeds]
             program = compiled.runner.program
             frames = [program.frame(leaves, noise) for noise in noises for leaves in batches]
-            for i, (plus, minus) in enumerate(self._run(compiled.runner, frames)):
-                sums[i // len(batches)][0] += float(plus)
-                sums[i // len(batches)][1] += float(minus)
+            for i, losses in enumerate(self._run(compiled.runner, frames)):
+                sums[i // len(batches)] = sums[i // len(batches)] + torch.stack(losses).double()
         n = sum(len(batches) for _, batches in served)
-        return [(to_float32(p / n), to_float32(m / n)) for p, m in sums]
+        return (torch.stack(sums) / n).float()
 
     def _run(self, runner: Runner, frames: Sequence[Frame]) -> list[tuple[Any, ...]]:
         """Run forwards through a graph; give back the slots of the graph that ran before it."""
@@ -230,33 +210,30 @@ class ZOStep:
         self._running = runner
         return runner.run(frames)
 
-    def _finish(self, seeds: Sequence[int], losses: Sequence[tuple[float, float]]) -> torch.Tensor:
+    def _finish(self, seeds: Sequence[int], losses: torch.Tensor) -> torch.Tensor:
         """Turn the losses into pending terms and a record."""
-        o, n = self.options, len(seeds)
-        finite = all(math.isfinite(x) for pair in losses for x in pair)
-        if not finite and o.on_nan == "raise":
-            raise LossError(
-                f"step {self._steps}: loss+ and loss- are {losses}. The weights are as before the "
-                f"step. Lower lr or eps, check the batch, or pass on_nan='skip'."
-            )
-        grads = [(plus - minus) / (2 * o.eps) for plus, minus in losses]
-        if finite:
-            scale = to_float32(1 - self._lr * o.weight_decay)
-            terms = [
-                (seed, to_float32(-self._lr * g / n), scale if i == 0 else 1.0)
-                for i, (seed, g) in enumerate(zip(seeds, grads, strict=True))
-            ]
-            self._weights.owe(Terms.of(terms), self._steps + 1)
-        plus = to_float32(sum(p for p, _ in losses) / n)
-        minus = to_float32(sum(m for _, m in losses) / n)
-        directions = tuple(
-            Direction(s, p, m, g) for s, (p, m), g in zip(seeds, losses, grads, strict=True)
-        )
-        self.last = StepRecord(
-            self._steps, seeds[0], plus, minus, sum(grads) / n, self._lr, not finite, directions
-        )
+        o = self.options
+        found = Outcome(self._steps, seeds, losses, lr=self._lr, eps=o.eps, decay=o.weight_decay)
+        if found.ready() and o.on_nan == "raise":
+            found.check()
+        elif o.on_nan == "raise":
+            self._unchecked.append(found)
+        if not (found.ready() and found.record.skipped):
+            self._weights.owe(found.terms(), self._steps + 1)
+        self._outcome = found
         self._steps += 1
-        return torch.tensor((plus + minus) / 2, dtype=torch.float32)
+        return found.loss()
+
+    def _check_losses(self, *, wait: bool = False) -> None:
+        """See that the losses of earlier steps were finite, of those that a GPU is done with.
+
+        Raises
+        ------
+        LossError
+            If one was not; its step moved nothing.
+        """
+        while self._unchecked and (wait or self._unchecked[0].ready()):
+            self._unchecked.pop(0).check()
 
     def evaluate(self, **batch: Any) -> Any:
         """Run the model at its current weights through the same machinery, without noise.
@@ -289,6 +266,7 @@ class ZOStep:
         if self._running is not None:
             self._running.drain()
             self._running.close()
+        self._check_losses(wait=True)
         self._weights.settle()
         self._weights.show()
 
@@ -323,11 +301,6 @@ class ZOStep:
         from zograph import viz  # graphviz is wanted here alone
 
         return viz.draw(self.graph, path, fold=fold)
-
-
-def to_float32(value: float) -> float:
-    """Round to the nearest float32."""
-    return float(torch.tensor(value, dtype=torch.float64).to(torch.float32))
 
 
 def fits(function: Callable[..., Any], batch: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ makes up for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,18 +59,26 @@ class Weights:
     ----------
     store
         Where the newest values are.
+    device
+        Where steps are computed.
     """
 
     def __init__(
-        self, model: nn.Module, table: Mapping[str, ParamInfo], distribution: str, store: Store
+        self,
+        model: nn.Module,
+        table: Mapping[str, ParamInfo],
+        distribution: str,
+        store: Store,
+        device: torch.device,
     ) -> None:
         self.model = model
+        self.device = device
         self.table = table
         self.distribution = distribution
         self.store = store
         self.constants: dict[str, torch.Tensor] = {}
         self.held: dict[str, torch.Tensor] = {}
-        """Buffers (whole pages) of weights that stay on the device while their store is a disk."""
+        """Weights that stay on the device while the store has another, perhaps older, copy."""
         self._owner: dict[str, tuple[nn.Module, str]] = {}
         for name in (*table, *(n for n, _ in model.named_buffers(remove_duplicate=False))):
             self._owner[name] = owner_of(model, name)
@@ -79,7 +87,7 @@ class Weights:
         self.version = dict.fromkeys((n for n, p in table.items() if p.trainable), 0)
 
     def on_device(self) -> frozenset[str]:
-        """Return the weights that have been read from a disk to stay."""
+        """Return the weights that are held on the device."""
         return frozenset(self.held)
 
     @property
@@ -96,35 +104,42 @@ class Weights:
         return self.resident(name).contiguous()
 
     def resident(self, name: str) -> torch.Tensor:
-        """Return a weight where it stands: in the model, or in memory read from the disk."""
+        """Return a weight where it stands on the device: in the model, or as it is held."""
+        held = self.held.get(name)
+        if held is not None:
+            return held
         tensor = self.store.tensor(name)
-        if tensor is None:
-            tensor = typed(self.held[name], self.table[name])
+        assert tensor is not None, f"{name} is neither held nor in the model"
         return tensor
 
+    def stays(self, name: str) -> bool:
+        """Whether the stored tensor itself is on the device."""
+        tensor = self.store.tensor(name)
+        return tensor is not None and tensor.device.type == self.device.type
+
     def hold(self, names: Iterable[str]) -> None:
-        """Keep these weights of a disk, and no others, in memory.
+        """Keep these weights, and no others, on the device.
 
         Raises
         ------
         StoreError
             If one cannot be read, or one that leaves cannot be written.
         """
-        wanted = [n for n in names if self.store.tensor(n) is None]
+        wanted = [n for n in names if not self.stays(n)]
         for name in self.held.keys() - set(wanted):
             self.save(name)
             del self.held[name]
         for name in wanted:
             if name not in self.held:
-                buffer = page_aligned(padded(self.table[name].bytes))
-                self.store.read(name, buffer)
-                self.held[name] = buffer
+                self.held[name] = self.read(name).to(self.device)
 
     def save(self, name: str) -> None:
         """Write a held weight to its store if that has an older value."""
         version = self.version.get(name, 0)
         if version > self.store.fold_steps().get(name, 0):
-            self.store.write(name, self.held[name], version)
+            param, buffer = self.table[name], page_aligned(padded(self.table[name].bytes))
+            typed(buffer, param).copy_(self.held[name])
+            self.store.write(name, buffer, version)
 
     def _of_model(self, name: str) -> torch.Tensor:
         module, attribute = self._owner[name]
@@ -202,12 +217,11 @@ class Weights:
                 version = steps
         return version
 
-    def fold_resident(self, names: Iterable[str]) -> None:
-        """Fold weights that stay on the device, where they stand."""
-        for name in names:
-            self.version[name] = self.fold(name, self.resident(name), self.version[name])
+    def fold_resident(self, name: str) -> None:
+        """Fold a weight that stays on the device, where it stands."""
+        self.version[name] = self.fold(name, self.resident(name), self.version[name])
 
-    def settle(self, on_write: Callable[[int], None] = lambda _: None) -> None:
+    def settle(self) -> None:
         """Fold whatever is pending into the store, one weight at a time.
 
         Raises
@@ -217,13 +231,13 @@ class Weights:
         """
         newest = max(self._terms, default=0)
         for name, version in self.version.items():
-            if name in self.held or self.store.tensor(name) is not None:
-                self.fold_resident([name])
+            if name in self.held or self.stays(name):
+                self.fold_resident(name)
             elif version < newest:
                 buffer = page_aligned(padded(self.table[name].bytes))
                 self.store.read(name, buffer)
                 folded = self.fold(name, typed(buffer, self.table[name]), version)
-                on_write(self.store.write(name, buffer, folded))
+                self.store.write(name, buffer, folded)
                 self.version[name] = folded
             if name in self.held:
                 self.save(name)
@@ -253,7 +267,7 @@ def open_weights(model: nn.Module, table: Mapping[str, ParamInfo], options: Opti
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(options.device))
-    return Weights(model, table, options.distribution, store)
+    return Weights(model, table, options.distribution, store, options.device)
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

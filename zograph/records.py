@@ -1,0 +1,137 @@
+"""What a step measured: on the device until somebody looks at it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from zograph.errors import LossError
+from zograph.weights import Terms
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What one seeded direction of a step measured."""
+
+    seed: int
+    loss_plus: float
+    loss_minus: float
+    projected_grad: float
+    """(loss_plus - loss_minus) / (2 eps), in float64."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did.
+
+    With several directions `loss_plus`, `loss_minus` and `projected_grad` are their means
+    and `seed` is the first direction's; `directions` holds each one.
+    """
+
+    step: int
+    seed: int
+    loss_plus: float
+    loss_minus: float
+    projected_grad: float
+    lr: float
+    skipped: bool
+    directions: tuple[Direction, ...]
+
+
+class Outcome:
+    """The losses of one step and what follows from them; nothing here waits for a GPU but `record`.
+
+    Parameters
+    ----------
+    step, seeds
+        Which step, and the seeds of its directions.
+    losses
+        float32 [directions, 2]: loss+ and loss- of each direction.
+    lr, eps, decay
+        Learning rate, perturbation and weight decay of the step.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        seeds: Sequence[int],
+        losses: torch.Tensor,
+        *,
+        lr: float,
+        eps: float,
+        decay: float,
+    ) -> None:
+        self.step, self.seeds, self.losses = step, tuple(seeds), losses
+        self.lr, self.eps, self.decay = lr, eps, decay
+        self.finite = losses.isfinite().all()
+        self._event: torch.cuda.Event | None = None
+        if losses.device.type == "cuda":
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def ready(self) -> bool:
+        """Whether the losses can be read without waiting."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def loss(self) -> torch.Tensor:
+        """Return the mean of all branch losses: 0-dim float32, on the losses' device."""
+        plus, minus = (self._mean(column) for column in self.losses.double().unbind(1))
+        return ((plus.double() + minus.double()) / 2).float()
+
+    def terms(self) -> Terms:
+        """Return the step's update; it moves nothing where a loss is not finite."""
+        grads = self._grads(self.losses.double())
+        coefs = (-self.lr * grads / len(self.seeds)).float()
+        scales = torch.ones_like(coefs)
+        scales[0] = 1 - self.lr * self.decay
+        where = self.losses.device
+        return Terms(
+            torch.tensor(self.seeds, dtype=torch.int64).to(where, non_blocking=True),
+            torch.where(self.finite, coefs, 0.0),
+            torch.where(self.finite, scales, 1.0),
+        )
+
+    @cached_property
+    def record(self) -> StepRecord:
+        """The losses as numbers; waits for the device."""
+        losses = self.losses.double().cpu()
+        grads = self._grads(losses).tolist()
+        directions = tuple(
+            Direction(seed, plus, minus, grad)
+            for seed, (plus, minus), grad in zip(self.seeds, losses.tolist(), grads, strict=True)
+        )
+        plus, minus = (float(self._mean(column)) for column in losses.unbind(1))
+        finite = all(math.isfinite(x) for pair in losses.tolist() for x in pair)
+        mean = sum(grads) / len(grads)
+        return StepRecord(
+            self.step, self.seeds[0], plus, minus, mean, self.lr, not finite, directions
+        )
+
+    def check(self) -> None:
+        """See that every loss is finite.
+
+        Raises
+        ------
+        LossError
+            If one is not.
+        """
+        if self.record.skipped:
+            losses = [(d.loss_plus, d.loss_minus) for d in self.record.directions]
+            raise LossError(
+                f"step {self.step}: loss+ and loss- are {losses}. The weights are as before the "
+                f"step. Lower lr or eps, check the batch, or pass on_nan='skip'."
+            )
+
+    def _grads(self, losses: torch.Tensor) -> torch.Tensor:
+        return (losses[:, 0] - losses[:, 1]) / (2 * self.eps)
+
+    def _mean(self, column: torch.Tensor) -> torch.Tensor:
+        """Return the float32 mean, added up in order."""
+        total = column[0]
+        for value in column[1:]:
+            total = total + value
+        return (total / len(self.seeds)).float()
