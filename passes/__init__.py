@@ -1,11 +1,12 @@
 """The passes, in the order in which they run.
 
-normalize -> partition -> hoist -> dual_perturbation -> materialize -> outline -> offload ->
-schedule -> lower
+normalize -> partition -> hoist -> dual_perturbation -> materialize -> outline -> gather ->
+offload -> schedule -> lower
 """
 
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
 from zograph.passes.dual_perturbation import DualPerturbation
+from zograph.passes.gather import Gather
 from zograph.passes.hoist import Hoist
 from zograph.passes.lower import Lower
 from zograph.passes.materialize import Materialize
@@ -18,6 +19,7 @@ from zograph.passes.schedule import Schedule
 __all__ = [
     "Contract",
     "DualPerturbation",
+    "Gather",
     "Hoist",
     "Lower",
     "Materialize",

@@ -54,6 +54,8 @@ class PassContext:
         The options of :func:`zograph.compile` of the same name.
     cut
         Most bytes of weights that a stage may hold where it can be cut; None: whole blocks.
+    by_rows
+        Weights are streamed, and rows of a stored table can be read on their own.
     layout
         Which weights are streamed and through how much memory; None: all weights stay on the
         device.
@@ -65,6 +67,7 @@ class PassContext:
     backend: str = "inductor"
     directions: int = 1
     cut: int | None = None
+    by_rows: bool = False
     layout: Layout | None = None
     lowered: dict[Any, Any] = field(default_factory=dict)
 

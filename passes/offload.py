@@ -126,6 +126,8 @@ class Writer:
             with self.gm.graph.inserting_before(output(self.gm)):
                 weights, written = self.prepare(number, [name])
                 self.release(number, [name], weights, written)
+            if name in self.resident:  # nothing reads the folded weight
+                self.gm.graph.erase_node(weights[name])
 
     def prepare(self, stage: int, names: list[str]) -> tuple[dict[str, fx.Node], list[fx.Node]]:
         """Insert fetch, wait, fold and write-back; return the weights and what was written."""

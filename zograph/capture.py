@@ -351,7 +351,13 @@ def _restore_base(gm: fx.GraphModule, base: Mapping[str, torch.dtype]) -> None:
     for node in placeholders(gm, Kind.PARAMETER, Kind.BUFFER, Kind.INPUT):
         val = node.meta["val"]
         dtype = base.get(node.name)
-        if dtype is None or val.dtype == dtype or not node.users:
+        if dtype is None or val.dtype == dtype:
+            continue
+        with val.fake_mode:
+            node.meta["val"] = torch.empty_strided(
+                val.shape, val.stride(), dtype=dtype, device=val.device
+            )
+        if not node.users:
             continue
         with gm.graph.inserting_before(next(n for n in gm.graph.nodes if n.op != "placeholder")):
             cast = gm.graph.call_function(torch.ops.aten._to_copy.default, (node,))
@@ -359,10 +365,6 @@ def _restore_base(gm: fx.GraphModule, base: Mapping[str, torch.dtype]) -> None:
         cast.args, cast.kwargs = (node,), {"dtype": val.dtype}
         cast.meta["val"] = val
         cast.meta[KEY] = NodeMeta(source=f"capture<{node.name}")
-        with val.fake_mode:
-            node.meta["val"] = torch.empty_strided(
-                val.shape, val.stride(), dtype=dtype, device=val.device
-            )
 
 
 def _symbols(gm: fx.GraphModule, sig: Signature) -> dict[str, sympy.Symbol]:

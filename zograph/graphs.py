@@ -90,6 +90,11 @@ class Graphs:
         return self.options.memory is not None or self.weights.store.tier == "disk"
 
     @property
+    def by_rows(self) -> bool:
+        """Whether rows of a stored table can be read: into a GPU, tables go whole."""
+        return self.streamed and self.options.device.type == "cpu"
+
+    @property
     def spec(self) -> DeviceSpec:
         """What this machine can do, measured once and kept."""
         if self._spec is None:
@@ -187,6 +192,7 @@ class Graphs:
         )
         seconds = {"capture": captured.seconds}
         if self.streamed:
+            ctx.by_rows = self.by_rows
             ctx.layout = self._plan(captured, passes, frames)
             ctx.cut = ctx.layout.cut
             seconds["plan"] = time.perf_counter() - start
@@ -203,6 +209,7 @@ class Graphs:
 
         def outlined(cut: int | None) -> fx.GraphModule:
             ctx = PassContext(options.distribution, options.backend, options.directions, cut)
+            ctx.by_rows = self.by_rows
             return run(clone(captured.capture.gm), front, ctx, Observers.silent())
 
         request = Request(

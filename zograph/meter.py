@@ -32,6 +32,8 @@ class Cost:
     """Most bytes that are alive at once in tensors made inside, results included."""
     scratch_bytes: int = 0
     """Most bytes alive at once in perturbed copies of weights; part of `peak_bytes`."""
+    scratch_at_peak: int = 0
+    """What of `peak_bytes` are perturbed copies."""
     rest_bytes: int = 0
     """Most bytes alive at once in everything but perturbed copies."""
     result_bytes: int = 0
@@ -68,6 +70,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     peak: int = 0
     scratch: int = 0
     scratch_peak: int = 0
+    scratch_at_peak: int = 0
     rest_peak: int = 0
     noise: float = 0.0
     copies: set[int] = field(default_factory=set)
@@ -99,8 +102,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             new = True
             owned = self._owned[key] = _Owned(storage_bytes(tensor), scratch)
             self.live += owned.nbytes
-            self.peak = max(self.peak, self.live)
             self.scratch += owned.nbytes if scratch else 0
+            if self.live > self.peak:
+                self.peak, self.scratch_at_peak = self.live, self.scratch
             self.scratch_peak = max(self.scratch_peak, self.scratch)
             self.rest_peak = max(self.rest_peak, self.live - self.scratch)
         owned.count += 1
@@ -161,7 +165,7 @@ def measure(body: fx.GraphModule, sizes: Sizes) -> Cost:
     }
     result = sum(n for key, n in leaves.items() if key not in meter._given)
     work, copies = tuple(meter.work), frozenset(meter.copies)
-    peaks = (meter.peak, meter.scratch_peak, meter.rest_peak)
+    peaks = (meter.peak, meter.scratch_peak, meter.scratch_at_peak, meter.rest_peak)
     return Cost(*peaks, result, work, round(meter.noise), copies)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from zograph.errors import OptionError
+from zograph.errors import OptionError, PipelineError
 from zograph.noise import DISTRIBUTIONS
 from zograph.pipeline import Pipeline
 
@@ -61,6 +61,12 @@ class Options:
                 "passes must be a Pipeline: zograph.default_passes().insert_after(name, MyPass())."
             )
         self.passes.validate()
+        provided = {fact for p in self.passes for fact in p.contract.provides}
+        if missing := [fact for fact in ("offloaded", "scheduled") if fact not in provided]:
+            raise PipelineError(
+                f"no pass makes the graph {missing[0]}, and a step cannot run without: start from "
+                f"zograph.default_passes()."
+            )
         if not isinstance(self.storage, (str, Path)) or not str(self.storage):
             raise OptionError(
                 f"storage={self.storage!r} is unknown; use 'host', 'disk' or a folder's path."

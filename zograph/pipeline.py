@@ -12,6 +12,7 @@ from zograph.ir import info
 from zograph.observers import Observers
 from zograph.passes import (
     DualPerturbation,
+    Gather,
     Hoist,
     Lower,
     Materialize,
@@ -150,6 +151,7 @@ def default_passes() -> Pipeline:
             DualPerturbation(),
             Materialize(),
             Outline(),
+            Gather(),
             Offload(),
             Schedule(),
             Lower(),

@@ -21,6 +21,7 @@ from zograph.ir import Kind, info, meta, output, placeholders
 from zograph.layout import Layout, StageUse, Tier
 from zograph.meter import Cost, Sizes, measure, value_bytes
 from zograph.passes.materialize import split_pairs
+from zograph.schedule.memory import aligned
 from zograph.stores.base import padded
 
 Budget = int | Literal["minimum"] | None
@@ -87,17 +88,27 @@ class Candidate:
         for first in range(count):
             row = [units[(first + i) % count] for i in range(min(depth, count))]
             if max(row) <= usual:
-                most = max(most, sum(row))
+                most = max(most, sum(map(aligned, row)))
         return max([*units, most], default=0)
 
     def depth(self) -> int:
-        """Return how many stages have their weights on the device at once in the steady state.
+        """Return how many stages have weights on the device at once when all overlaps.
 
         One computes while another arrives and, where weights are written back, a third leaves.
         """
         params = info(self.gm).params
         folded = "dual" in info(self.gm).facts
         return 3 if folded and any(params[n].trainable for n in self.weights()) else 2
+
+    def total(self) -> int:
+        """Return the bytes of all weights that a step visits."""
+        params = info(self.gm).params
+        return sum(padded(params[n].bytes) for n in self.weights())
+
+    def roomy(self, budget: int, depth: int) -> bool:
+        """Return whether all weights fit, or those of as many stages in a row as can overlap."""
+        slots = self.overlapped(depth=min(depth, self.depth()))
+        return self.activations() + min(slots, self.total()) <= budget
 
 
 class Ways:
@@ -151,13 +162,13 @@ def chosen(ways: Ways, request: Request) -> Layout:
     if request.budget is None:
         whole = ways.at(None)[0]
         return layout(whole, request, whole.weights(), 0)
-    found: list[Candidate] = []
-    for cut in ways.cuts():
-        found += ways.at(cut)
-        if not isinstance(request.budget, int):
-            continue
-        if roomy := [c for c in found if c.activations() + c.overlapped() <= request.budget]:
-            return filled(roomy[0], request, request.budget)
+    if isinstance(request.budget, int):
+        for depth in (3, 2):
+            for cut in ways.cuts():
+                for candidate in ways.at(cut):
+                    if candidate.roomy(request.budget, depth):
+                        return filled(candidate, request, request.budget)
+    found = [candidate for cut in ways.cuts() for candidate in ways.at(cut)]
     minimum = min(c.minimum() for c in found)
     budget = minimum if request.budget == "minimum" else request.budget
     for candidate in found:
@@ -194,12 +205,11 @@ def finer_cuts(gm: fx.GraphModule) -> list[int]:
 def filled(candidate: Candidate, request: Request, budget: int) -> Layout:
     """Use what the budget leaves for slots that work side by side, then for weights that stay."""
     room = budget - candidate.activations()
-    everything = candidate.weights()
-    sizes = {n: padded(info(candidate.gm).params[n].bytes) for n in everything}
-    if sum(sizes.values()) <= room:
-        return layout(candidate, request, everything, 0)
+    if candidate.total() <= room:
+        return layout(candidate, request, candidate.weights(), 0)
     if candidate.overlapped() > room:
         return layout(candidate, request, frozenset(), room)
+    sizes = {n: padded(p.bytes) for n, p in info(candidate.gm).params.items()}
     depth = candidate.depth()
     while candidate.overlapped(depth=depth) > room:
         depth -= 1
@@ -262,7 +272,8 @@ def explain(found: Sequence[Candidate], budget: int, minimum: int) -> str:
     return (
         f"memory={budget:,} bytes is too small: this batch needs {minimum:,} bytes at least. Of "
         f"these, {max(best.units()):,} are the weights of the largest stage, "
-        f"{use.cost.scratch_bytes:,} perturbed copies and {use.peak - use.cost.scratch_bytes:,} "
+        f"{use.cost.scratch_at_peak:,} perturbed copies and "
+        f"{use.peak - use.cost.scratch_at_peak:,} "
         f"activations (of {name}), {best.fixed:,} the batch and buffers. Pass a larger budget, a "
         f'smaller batch or memory="minimum".'
     )

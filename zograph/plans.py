@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from zograph.ir import ParamInfo, info, meta
+from zograph.layout import Layout
 from zograph.schedule import Schedule, Stream
 from zograph.stores.base import padded
 from zograph.transfers import FETCH, WRITEBACK
@@ -34,6 +35,8 @@ class Plan:
         Bytes a step on each transfer stream.
     busy
         Seconds a step for which each stream works.
+    forward_seconds
+        What of the compute time grows with the batch: operators, not noise and folds.
     limiting
         The stream with the most to do.
     items
@@ -49,6 +52,7 @@ class Plan:
     overlap: float
     bytes_moved: dict[str, int]
     busy: dict[str, float]
+    forward_seconds: float
     limiting: str
     items: dict[str, int]
     stages: int
@@ -70,27 +74,40 @@ class Plan:
 
     @property
     def balance(self) -> float:
-        """How many times the batch, or the directions, would make compute as long as transfer."""
+        """How many times the directions would make compute as long as transfer."""
         compute = self.busy.get(Stream.COMPUTE, 0.0)
         return self.transfer_seconds / compute if compute else 1.0
 
+    @property
+    def batch_balance(self) -> float:
+        """How many times the batch would; 0 where noise and folds alone take as long."""
+        rest = self.busy.get(Stream.COMPUTE, 0.0) - self.forward_seconds
+        room = max(0.0, self.transfer_seconds - rest)
+        return room / self.forward_seconds if self.forward_seconds else 1.0
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields and derived figures as values that ``json`` can write."""
-        return asdict(self) | {"bound_seconds": self.bound_seconds, "balance": self.balance}
+        derived = ("bound_seconds", "transfer_seconds", "balance", "batch_balance")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 def plan_of(gm: fx.GraphModule) -> Plan:
     """Return the plan of a scheduled graph."""
     record = info(gm)
-    layout, schedule, params = record.layout, record.schedule, record.params
-    assert layout is not None
-    assert schedule is not None
+    assert record.layout is not None
+    assert record.schedule is not None
+    return describe(gm, record.layout, record.schedule)
+
+
+def describe(gm: fx.GraphModule, layout: Layout, schedule: Schedule) -> Plan:
+    """Return the plan of an offloaded graph under a layout and its schedule."""
+    params = info(gm).params
     weights = sum(padded(p.bytes) for p in params.values())
     trainable = sum(padded(p.bytes) for p in params.values() if p.trainable)
     staging = schedule.capacity.get("staging", 0)
     host = layout.tier == "host" and (layout.spec.kind == "cuda" or bool(layout.slots))
     top = max(layout.uses, key=lambda u: u.peak)
-    scratch = min(top.cost.scratch_bytes, top.peak)
+    scratch = top.cost.scratch_at_peak
     items = {
         "resident weights": layout.held,
         "slots": layout.slots,
@@ -108,6 +125,7 @@ def plan_of(gm: fx.GraphModule) -> Plan:
         overlap=schedule.overlap,
         bytes_moved=moved(gm, schedule, params),
         busy={str(s): seconds for s, seconds in schedule.busy.items()},
+        forward_seconds=sum(layout.spec.seconds(u.cost.work) for u in layout.uses),
         limiting=str(schedule.limiting),
         items=items,
         stages=len(layout.uses),
@@ -119,13 +137,20 @@ def plan_of(gm: fx.GraphModule) -> Plan:
 
 def moved(gm: fx.GraphModule, schedule: Schedule, params: dict[str, ParamInfo]) -> dict[str, int]:
     """Return the bytes that each transfer stream moves in a step with pending updates."""
-    streams = {
+    streams: dict[Any, list[Stream]] = {
         FETCH: [s for s in (Stream.READ, Stream.TO_DEVICE) if s in schedule.order],
         WRITEBACK: [s for s in (Stream.TO_HOST, Stream.WRITE) if s in schedule.order],
     }
     total: dict[str, int] = {}
     for node in gm.graph.nodes:
         for stream in streams.get(node.target, ()):
-            nbytes = sum(params[str(meta(n).name)].bytes for n in node.args[0])
+            nbytes = sum(params[str(meta(n).name)].bytes for n in weights_in(node))
             total[str(stream)] = total.get(str(stream), 0) + nbytes
     return total
+
+
+def weights_in(node: fx.Node) -> list[fx.Node]:
+    """Return the list of weights that a transfer is called with."""
+    found = node.args[0]
+    assert isinstance(found, (list, tuple))
+    return [n for n in found if isinstance(n, fx.Node)]

@@ -10,7 +10,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from zograph import ir
-from zograph.transfers import is_transfer
+from zograph.transfers import GATHER, is_transfer
 from zograph.verifier import Fault, Scope
 
 
@@ -123,7 +123,7 @@ def facts(scope: Scope) -> Iterator[Fault]:
         yield Fault(out, expected, f"{len(results)} outputs", "keep outputs, or their index")
     if "outlined" in claimed:
         for node in scope.calls:
-            moves = "offloaded" in claimed and is_transfer(node)
+            moves = node.target is GATHER or ("offloaded" in claimed and is_transfer(node))
             if node.target is not operator.getitem and not ir.is_shape(node) and not moves:
                 advice = "give the node a stage before outline, or take the fact back"
                 called = f"a call of {ir.op_name(node)}"

@@ -21,8 +21,9 @@ from zograph.engine.threads import Session
 from zograph.ir import Kind, info, meta, output, placeholders
 from zograph.memory import give_back
 from zograph.pool import pool
+from zograph.schedule import Stream
 from zograph.slots import Slots, open_slots
-from zograph.transfers import FETCH, FOLD, WRITEBACK, is_transfer, weight_names
+from zograph.transfers import FETCH, FOLD, GATHER, WRITEBACK, is_transfer, weight_names
 from zograph.weights import Weights
 
 Frame = dict[fx.Node, Any]
@@ -55,6 +56,8 @@ class Program:
         self.bodies: dict[str, list[Instruction]] = {}
         self.moved: dict[str, tuple[str, ...]] = {}
         """For each fetch, fold and write-back, the weights that it is about."""
+        self.targets: dict[str, str] = {}
+        """For each stage's task, the name of its body."""
         self.compute: list[str] = []
         """The folds and bodies, in the graph's order."""
         self._read()
@@ -73,9 +76,11 @@ class Program:
                     self.compute += [task] if node.target is FOLD else []
                 continue
             if meta(node).kind == Kind.STAGE:
-                self.bodies[f"body {stage}"] = []
                 self.compute.append(f"body {stage}")
-            where = self.prelude if stage is None else self.bodies[f"body {stage}"]
+                self.targets[f"body {stage}"] = str(node.target)
+            where = self.prelude
+            if stage is not None:
+                where = self.bodies.setdefault(f"body {stage}", [])
             dies = tuple(
                 s
                 for s in node.all_input_nodes
@@ -108,13 +113,28 @@ class Program:
         instructions: Sequence[Instruction],
         frame: Frame,
         weight: Callable[[fx.Node], torch.Tensor],
+        rows: Callable[[str, torch.Tensor], torch.Tensor],
     ) -> None:
-        """Run instructions on one frame; `weight` returns what a node that stands for one means."""
+        """Run instructions on one frame.
+
+        Parameters
+        ----------
+        weight
+            Returns what a node that stands for a weight, buffer or constant means.
+        rows
+            Returns rows of a stored table by its name and their indices.
+        """
 
         def value(node: fx.Node) -> Any:
             return weight(node) if meta(node).kind in STORED else frame[node]
 
         for step in instructions:
+            if step.node.target is GATHER:
+                table, index = step.node.args
+                assert isinstance(table, fx.Node)
+                assert isinstance(index, fx.Node)
+                frame[step.node] = rows(str(meta(table).name), value(index))
+                continue
             args = fx.node.map_arg(step.node.args, value)
             kwargs = fx.node.map_arg(step.node.kwargs, value)
             frame[step.node] = step.function(*args, **kwargs)
@@ -131,7 +151,7 @@ class Runner:
         """The slots, while the schedule is running."""
         self._session: Session | None = None
         self._frames: Sequence[Frame] = ()
-        self._body: object = None
+        self._body = ""
         """The stage body that ran last."""
 
     def run(self, frames: Sequence[Frame]) -> list[tuple[Any, ...]]:
@@ -151,7 +171,7 @@ class Runner:
         try:
             with torch.no_grad():
                 for frame in frames:
-                    program.execute(program.prelude, frame, self._weight)
+                    program.execute(program.prelude, frame, self._weight, self._rows)
                 if program.schedule is None:
                     for task in program.compute:
                         self._action(task)()
@@ -225,7 +245,7 @@ class Runner:
     def _run_body(self, task: str) -> None:
         self._make_room(task)
         for frame in self._frames:
-            self.program.execute(self.program.bodies[task], frame, self._weight)
+            self.program.execute(self.program.bodies[task], frame, self._weight, self._rows)
 
     def _make_room(self, task: str) -> None:
         """Give back what earlier stages have left, where it would count against the budget."""
@@ -233,7 +253,7 @@ class Runner:
         if layout is None or layout.budget is None or self.weights.device.type != "cpu":
             return
         pool.bound(layout.room_for_copies(int(task.removeprefix("body "))))
-        body = self.program.bodies[task][0].node.target
+        body = self.program.targets[task]
         if body != self._body:
             self._body = body
             give_back()
@@ -246,6 +266,12 @@ class Runner:
         if self.slots is not None and (slot, name) in self.slots.versions:
             return self.slots.arena.weight(slot, name)
         return self.weights.fetch(Kind.PARAMETER, name)
+
+    def _rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        assert self.slots is not None
+        rows, nbytes = self.weights.rows(name, index)
+        self.slots.moved_bytes[Stream.READ] += nbytes
+        return rows
 
     def _fold(self, slot: str, names: Sequence[str]) -> None:
         for name in names:

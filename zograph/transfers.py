@@ -1,9 +1,11 @@
-"""The ops that move weights: `zograph::fetch`, `wait`, `fold`, `writeback` and `release`.
+"""The ops that move weights: `zograph::gather`, `fetch`, `wait`, `fold`, `writeback` and `release`.
 
 In a graph they are functional: what an op changes it returns, so every effect is an edge, and a
 graph can be run as it stands to see what it means. The runtime does not call them: it turns each
 into a task on a stream, and the returned tensors into slots of one arena.
 
+``gather(stored, index)``
+    rows of a stored table, as an embedding looks them up.
 ``fetch(stored, after)``
     starts copies of stored weights into slots; `after` are tokens of the releases whose slots
     are filled anew.
@@ -32,6 +34,7 @@ from zograph.ops import fold_
 __all__ = [
     "FETCH",
     "FOLD",
+    "GATHER",
     "RELEASE",
     "TRANSFERS",
     "WAIT",
@@ -41,6 +44,7 @@ __all__ = [
 ]
 
 _SCHEMAS = {
+    "gather": "(Tensor stored, Tensor index) -> Tensor",
     "fetch": "(Tensor[] stored, Tensor[] after) -> Tensor[]",
     "wait": "(Tensor[] fetched) -> Tensor[]",
     "fold": "(Tensor[] weights, Tensor seeds, Tensor coefs, Tensor scales, Tensor keys, "
@@ -48,6 +52,10 @@ _SCHEMAS = {
     "writeback": "(Tensor[] weights) -> Tensor[]",
     "release": "(Tensor[] weights, Tensor[] uses) -> Tensor",
 }
+
+
+def _rows(stored: Tensor, index: Tensor) -> Tensor:
+    return torch.nn.functional.embedding(index, stored)
 
 
 def _copies(tensors: Sequence[Tensor], *_: Any) -> list[Tensor]:
@@ -79,6 +87,7 @@ def _empty(tensors: Sequence[Tensor], *_: Any) -> list[Tensor]:
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+    "gather": (_rows, _rows),
     "fetch": (_copies, _empty),
     "wait": (_copies, _empty),
     "fold": (_fold, _empty),
@@ -100,6 +109,7 @@ def _register() -> None:
 _libraries: list[torch.library.Library] = []  # a Library unregisters its ops when it dies
 _register()
 
+GATHER = torch.ops.zograph.gather.default
 FETCH = torch.ops.zograph.fetch.default
 WAIT = torch.ops.zograph.wait.default
 FOLD = torch.ops.zograph.fold.default
@@ -108,7 +118,7 @@ RELEASE = torch.ops.zograph.release.default
 
 TRANSFERS = (FETCH, WAIT, FOLD, WRITEBACK, RELEASE)
 
-for _op in (WRITEBACK, RELEASE):  # what they do outlives their results
+for _op in (FOLD, WRITEBACK, RELEASE):  # what they do outlives their results
     has_side_effect(_op)
 
 

@@ -157,6 +157,20 @@ class Weights:
         self.store.read(name, buffer)
         return typed(buffer, self.table[name])
 
+    def rows(self, name: str, index: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Return rows of a stored table, as an embedding does, and the bytes read from a disk.
+
+        Raises
+        ------
+        StoreError
+            If the store cannot be read.
+        """
+        param = self.table[name]
+        flat = index.flatten().to("cpu")
+        out = torch.empty((flat.numel(), *param.shape[1:]), dtype=param.dtype)
+        nbytes = self.store.read_rows(name, flat, out)
+        return out.view(*index.shape, *param.shape[1:]).to(self.device), nbytes
+
     def show(self) -> None:
         """Copy the stored values into the model, if it has memory for them and is not the store.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx
 
+import zograph
 from tests.zoo import batch, build, loss_fn
 from zograph import viz
 from zograph.errors import OptionError
@@ -17,9 +18,10 @@ from zograph.passes import PassContext
 from zograph.passes.lower import CompiledBody
 from zograph.pipeline import default_passes
 from zograph.testing import GraphBuilder, capture_function
-from zograph.viz.fold import common_path, compact, folded
-from zograph.viz.look import FILL, LINE, amount
+from zograph.viz.fold import common_path, compact, cycles, folded
+from zograph.viz.look import FILL, LINE, MOVE, SLOT, amount
 from zograph.viz.reader import read
+from zograph.viz.scene import Stage
 
 aten = torch.ops.aten
 needs_dot = pytest.mark.skipif(
@@ -40,8 +42,17 @@ def run_passes(name: str, last: str = "outline") -> fx.GraphModule:
 graph = cache(run_passes)
 
 
+@cache
+def scheduled(memory: int | str | None, storage: str = "host") -> fx.GraphModule:
+    step = zograph.compile(
+        build("opt"), memory=memory, storage=storage, backend="eager", device="cpu"
+    )
+    step.prepare(**batch("opt", 4, 16))
+    return step.graph
+
+
 def titles(source: str) -> list[str]:
-    return re.findall(r"stages? \d[\d-]*: [^\"\\]*", source)
+    return re.findall(r"stages? \d[\d, .-]*: [^\"\\]*", source)
 
 
 def test_equal_graphs_give_equal_text() -> None:
@@ -215,3 +226,123 @@ def test_unknown_suffixes_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(OptionError, match=r"\.svg, \.png, \.pdf, \.dot"):
         viz.draw(graph("cnn"), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_transfers_stand_in_one_strip_a_stage() -> None:
+    scene = read(scheduled("minimum"))
+    strips = {i.stage: i for i in scene.items.values() if i.kind == "transfers"}
+    assert set(strips) == set(scene.stages) - {0}
+    whole = ["fetch", "wait", "fold", "write back", "release"]
+    assert list(strips[1].moves) == whole
+    params = {n: p for s in scene.stages.values() for n, p in s.params.items()}
+    fetched = sum(s.moves["fetch"].high for s in strips.values() if "fetch" in s.moves)
+    tied = params["model.decoder.embed_tokens.weight"].bytes
+    assert fetched == sum(p.bytes for p in params.values()) + tied
+    assert strips[1].moves["fetch"].streams == ("to_device",)
+    assert strips[1].moves["write back"].streams == ("to_host",)
+    assert all(s.moves["fold"].high == 1 for s in strips.values() if "fold" in s.moves)
+    refills = [e for e in scene.edges if e.port == "release"]
+    assert all(scene.items[e.source].kind == scene.items[e.target].kind == "transfers"
+               for e in refills)  # fmt: skip
+    assert len(refills) >= len(strips) - 2
+
+
+def test_streams_are_named_and_coloured() -> None:
+    source = viz.dot_source(scheduled("minimum", "disk"))
+    assert re.search(r'bgcolor="#DDD6F3">fetch [^<]*<br/><font point-size="8">read<', source)
+    assert re.search(r'bgcolor="#F3D3E3">write back [^<]*<br/><font point-size="8">write<', source)
+    assert "fold 1 term<" in source
+    for words in ("weights arrive in slots", "the new weights leave", "a released slot is filled"):
+        assert words in source
+    assert f'color="{SLOT}" constraint=false style=dashed' in source
+
+
+def test_weights_stay_boxes_under_transfers() -> None:
+    for memory in (None, "minimum"):
+        scene = compact(read(scheduled(memory)))
+        drawn = {p.name for i in scene.items.values() for p in i.params}
+        assert drawn == set(info(scheduled(memory)).params)
+        perturbed = {p.name for i in scene.items.values() if i.ports for p in i.params}
+        assert perturbed == drawn
+        assert not any("materialize" in line for i in scene.items.values() for line in i.lines)
+
+
+def test_a_resident_step_shows_folds_only() -> None:
+    source = viz.dot_source(scheduled(None))
+    assert MOVE["fold"] in source
+    assert MOVE["fetch"] not in source
+    assert MOVE["write back"] not in source
+    assert "released" not in source
+    assert [t.split(" (")[0] for t in titles(source)][2] == (
+        "stages 2-3: 2 x model.decoder.layers.N"
+    )
+
+
+def test_cycles_of_stages_are_folded() -> None:
+    found = [t.split(" (")[0] for t in titles(viz.dot_source(scheduled("minimum")))]
+    parts = [t for t in found if "2 x model.decoder.layers.N, part" in t]
+    assert len(parts) >= 3
+    first, second = (int(n) for n in re.findall(r"\d+", parts[0].split(":")[0]))
+    assert second - first == len(parts)
+    assert len(found) < len(titles(viz.dot_source(scheduled("minimum"), fold=False)))
+
+
+@pytest.mark.parametrize(
+    ("forms", "expected"),
+    [
+        ("abc", ["a", "b", "c"]),
+        ("abbbc", ["a", "bbb", "c"]),
+        ("xabcabcabcy", ["x", "abcabcabc", "y"]),
+        ("aabaab", ["aabaab"]),
+        ("abab", ["abab"]),
+        ("", []),
+    ],
+)
+def test_runs_are_found(forms: str, expected: list[str]) -> None:
+    stages = [Stage(i, "", form) for i, form in enumerate(forms)]
+    runs = [[s for cycle in run for s in cycle] for run in cycles(stages)]
+    assert ["".join(str(s.form) for s in run) for run in runs] == expected
+
+
+def test_numbers_of_stages() -> None:
+    assert Stage(7, "", "").numbers() == "7"
+    assert Stage(2, "", "", repeats=12).numbers() == "2-13"
+    assert Stage(2, "", "", repeats=2, step=3).numbers() == "2, 5"
+    assert Stage(2, "", "", repeats=4, step=3).numbers() == "2, 5 .. 11"
+
+
+def test_unused_weights_have_a_stage_of_their_own() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x).square().mean()
+
+    step = zograph.compile(Model(), backend="eager", device="cpu")
+    step.prepare(x=torch.ones(2, 4))
+    source = viz.dot_source(step.graph)
+    assert "unused idle.weight" in source
+    assert "no stage uses" not in source
+
+
+@needs_dot
+def test_streamed_pictures_are_rendered(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = viz.draw(scheduled("minimum"), tmp_path / "step.svg").read_text(encoding="utf-8")
+    assert "write back" in text
+    assert capfd.readouterr().err == ""
+
+
+def test_a_timeline_is_drawn(tmp_path: Path) -> None:
+    schedule = info(scheduled("minimum")).schedule
+    assert schedule is not None
+    path = schedule.draw(tmp_path / "timeline.svg")
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<svg")
+    assert "measured" not in text
+    spans = {n: (100 + s, 100 + schedule.end[n]) for n, s in schedule.start.items()}
+    both = schedule.draw(tmp_path / "both.svg", spans).read_text(encoding="utf-8")
+    assert "measured" in both
+    with pytest.raises(OptionError, match=r"\.svg"):
+        schedule.draw(tmp_path / "timeline.png")

@@ -27,7 +27,6 @@ def add_parser(subparsers: Any) -> None:
     """Register the subcommand."""
     bench: argparse.ArgumentParser = subparsers.add_parser("bench", help="measure this machine")
     kinds = bench.add_subparsers(dest="kind", metavar="KIND", required=True)
-    bench_offload.add_parser(kinds)
     parser = kinds.add_parser(
         "step",
         help="a step against two forwards and a plain MeZO step",
@@ -43,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     parser.add_argument("--no-compile-times", action="store_true", help="only time the steps")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    bench_offload.add_parser(kinds)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,11 +86,11 @@ def build(name: str, layers: int | None = None) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
 
 
-def make_batch(model: Any, rows: int, length: int) -> dict[str, Any]:
+def make_batch(config: Any, rows: int, length: int) -> dict[str, Any]:
     """Return random tokens with labels."""
     import torch
 
-    ids = torch.randint(3, model.config.vocab_size, (rows, length))
+    ids = torch.randint(3, config.vocab_size, (rows, length))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
@@ -103,7 +103,7 @@ def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(args.threads)
     model = build(args.model)
-    batch = make_batch(model, args.batch, args.seq)
+    batch = make_batch(model.config, args.batch, args.seq)
     step = zograph.compile(model, lr=1e-7, device="cpu", backend=args.backend)
     result = Contest(model, batch, step).run(args.repeats)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -158,7 +158,7 @@ def report_compile(options: dict[str, Any], layers: int) -> None:
 
     torch.set_num_threads(options["threads"])
     model = build(options["model"], layers)
-    batch = make_batch(model, options["batch"], options["seq"])
+    batch = make_batch(model.config, options["batch"], options["seq"])
     start = time.perf_counter()
     step = zograph.compile(model, device="cpu", backend=options["backend"])
     step.prepare(**batch)

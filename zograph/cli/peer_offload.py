@@ -25,7 +25,6 @@ share one file, as a user would link them, and get one noise and one update.
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 import zlib
@@ -33,16 +32,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import accelerate  # type: ignore[import-untyped]
 import torch
-from accelerate import init_empty_weights
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from accelerate.big_modeling import attach_align_device_hook
-from accelerate.utils import OffloadedWeightsLoader, offload_weight, save_offload_index
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module  # type: ignore[import-untyped]
+from accelerate.utils import (  # type: ignore[import-untyped]
+    OffloadedWeightsLoader,
+    offload_weight,
+    save_offload_index,
+)
 from safetensors import safe_open
 from torch import nn
-
-from zograph.cli.contest import status_bytes
-from zograph.memory import give_back
 
 VARIANTS = ("update pass", "update on load", "update on load, blocks")
 
@@ -55,12 +54,14 @@ class Perturbed(OffloadedWeightsLoader):  # type: ignore[misc]
     folder
         What :func:`offload` wrote.
     alias
-        For each key of a tied weight, the name that its file and noise go by.
+        For each further name of a tied weight its first one; the file has one of them.
     """
 
     def __init__(self, folder: Path, alias: Mapping[str, str]) -> None:
         super().__init__(save_folder=folder)
-        self.folder, self.alias = folder, alias
+        self.folder = folder
+        self.alias = {a: b for a, b in alias.items() if b in self.index}
+        self.alias |= {b: a for a, b in alias.items() if b not in self.index}
         self.seed, self.scale = 0, 0.0
         self.pending: dict[str, tuple[int, float]] = {}
         """For each weight, the seed and coefficient of an update that is still to be applied."""
@@ -88,7 +89,7 @@ class Perturbed(OffloadedWeightsLoader):  # type: ignore[misc]
 
     def names(self) -> list[str]:
         """List the distinct weights."""
-        return [name for name in self.index if name not in self.alias]
+        return list(self.index)
 
 
 class Peer:
@@ -109,15 +110,15 @@ class Peer:
     ) -> None:
         from transformers import AutoModelForCausalLM
 
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config)
-            model.tie_weights()
+        with accelerate.init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model.tie_weights()
         self.model = model.eval()
         self.eps, self.lr, self.seed, self.steps = eps, lr, seed, 0
         self.late = variant != "update pass"
         self.weights = Perturbed(folder, aliases(model))
         add_hook_to_module(model, AlignDevicesHook(io_same_device=True), append=True)
-        attach_align_device_hook(
+        accelerate.big_modeling.attach_align_device_hook(
             model,
             execution_device=torch.device("cpu"),
             offload=True,
@@ -136,6 +137,7 @@ class Peer:
         for sign in (1, -1):
             weights.scale = sign * self.eps
             losses.append(float(self.model(**batch, use_cache=False).loss))
+        self.finish()  # what no module has loaded
         plus, minus = losses
         gradient = (plus - minus) / (2 * self.eps)
         weights.pending = dict.fromkeys(weights.names(), (seed, -self.lr * gradient))
@@ -176,28 +178,17 @@ def offload(checkpoint: Path, folder: Path) -> None:
             for name in file.keys():  # noqa: SIM118  (it is no mapping)
                 offload_weight(file.get_tensor(name), name, str(folder), index=index)
     save_offload_index(index, str(folder))
+    os.sync()
 
 
-def measure(config: Any, folder: Path, batch: Mapping[str, Any], request: Any) -> dict[str, Any]:
-    """Time steps of one variant, and take the process's peak over what it was before."""
-    baseline = status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    peer = Peer(config, folder, request["variant"], eps=request["eps"], lr=request["lr"])
+def run(
+    config: Any, folder: Path, batch: Mapping[str, Any], request: Any, *, eps: float, lr: float
+) -> dict[str, Any]:
+    """Take one step to warm up and the request's number of timed ones."""
+    peer = Peer(config, folder, request["variant"], eps=eps, lr=lr)
     losses, seconds = [peer.step(batch)], []
     for _ in range(request["repeats"]):
         start = time.perf_counter()
         losses.append(peer.step(batch))
         seconds.append(time.perf_counter() - start)
-    return {
-        "seconds": seconds,
-        "peak_bytes": status_bytes("VmHWM") - baseline,
-        "baseline_bytes": baseline,
-        "losses": losses,
-    }
-
-
-def settle_memory() -> None:
-    """Give back what is not in use, before a baseline is taken."""
-    gc.collect()
-    give_back()
-    os.sync()
+    return {"seconds": seconds, "losses": losses}

@@ -114,7 +114,9 @@ class Board:
     def wait(self, counts: Mapping[str, int]) -> None:
         """Wait until tasks have ended so many times; raise what any task has raised."""
         with self._changed:
-            while self._failure is None and any(self._done[n] < k for n, k in counts.items()):
+            while any(self._done[n] < k for n, k in counts.items()):
+                if self._failure is not None or self._stopped:
+                    raise self._failure or RuntimeError("the session was closed")
                 self._changed.wait()
             if self._failure is not None:
                 raise self._failure

@@ -4,6 +4,7 @@
 :func:`chart` draws it.
 """
 
+from zograph.schedule.chart import chart
 from zograph.schedule.listing import least_capacity, schedule
 from zograph.schedule.races import Race, check, races
 from zograph.schedule.result import CapacityError, Event, Schedule
@@ -17,6 +18,7 @@ __all__ = [
     "Stream",
     "Task",
     "Unit",
+    "chart",
     "check",
     "least_capacity",
     "races",

@@ -7,17 +7,17 @@ the equal schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from random import Random
 
 import networkx as nx
 
-from zograph.schedule import memory, periodic, search
+from zograph.schedule import memory, periodic
 from zograph.schedule.dispatch import Dispatcher, Rule, by_need, critical
 from zograph.schedule.memory import Layout
 from zograph.schedule.problem import STREAMS, Problem, compiled
 from zograph.schedule.result import CapacityError, Event, Schedule
-from zograph.schedule.search import Score
+from zograph.schedule.search import Score, improved, placements
 from zograph.schedule.tasks import Unit
 
 SMALL = 24
@@ -26,7 +26,7 @@ RANDOM = 24
 """after as many random orders have been tried as well,"""
 STARTS = 4
 """from this many layouts,"""
-BUDGET = 300
+BUDGET = 200
 """with this many orders each."""
 
 
@@ -125,38 +125,48 @@ def least_capacity(dag: nx.DiGraph, units: Mapping[str, Unit]) -> dict[str, int]
 
 
 def chosen(problem: Problem, fallback: Layout, capacity: list[int], *, once: bool) -> Layout:
-    """Return the layout with the shortest step, then the shortest first one, or vice versa."""
+    """Return the layout with the shortest step, then the shortest first one, or vice versa.
+
+    The fallback is among those compared, so there is one whatever else fails.
+    """
 
     def score(layout: Layout) -> Score:
         times = periodic.timeline(problem, layout, periodic.events(problem, layout))
         return ranked(times.seconds, times.cold_seconds, once=once)
 
-    found = [(score(fallback), fallback, dict[int, int]())]
-    seen = {fallback}
-    for safe, rule in tries(problem, fallback):
-        if all(peak <= size for peak, size in zip(safe.peaks(problem), capacity, strict=True)):
-            dispatcher = Dispatcher(problem, safe, capacity, rule)
-            layout = dispatcher.run()
-            if layout is None or layout in seen:
-                continue
-            others = [layout]
-            if len(problem.tasks) <= SMALL:
-                keep_off = dispatcher.keep_off
-                others += search.placements(problem, layout.sequence, capacity, keep_off)
-            for other in dict.fromkeys(others):
-                if other not in seen:
-                    seen.add(other)
-                    found.append((score(other), other, dispatcher.keep_off))
-    found.sort(key=lambda entry: entry[0])
-    best = found[0][:2]
+    found: dict[Layout, tuple[Score, dict[int, int]]] = {}
     goal = floor(problem, once=once)
-    if len(problem.tasks) <= SMALL:
-        for _, layout, keep_off in found[:STARTS]:
-            if best[0] <= goal:
-                break
-            other = search.improved(problem, layout, capacity, keep_off, score, goal, BUDGET)
-            best = min(best, other, key=lambda entry: entry[0])
-    return best[1]
+    small = len(problem.tasks) <= SMALL
+
+    def consider(layouts: Iterable[Layout], keep_off: dict[int, int]) -> None:
+        for layout in layouts:
+            if layout not in found:
+                found[layout] = score(layout), keep_off
+
+    def leaders() -> list[Layout]:
+        return sorted(found, key=lambda layout: found[layout][0])[:STARTS]
+
+    consider([fallback], {})
+    for safe, rule in tries(problem, fallback):
+        if any(peak > size for peak, size in zip(safe.peaks(problem), capacity, strict=True)):
+            continue
+        dispatcher = Dispatcher(problem, safe, capacity, rule)
+        if (layout := dispatcher.run()) is not None and layout not in found:
+            keep_off = dispatcher.keep_off
+            consider([layout], keep_off)
+            if small:
+                consider(placements(problem, layout.sequence, capacity, keep_off), keep_off)
+        best = found[leaders()[0]][0]
+        if best <= goal or (best[0] <= goal[0] and not small):
+            return leaders()[0]
+    for layout in leaders()[: STARTS if small else 2]:
+        keep_off = found[layout][1]
+        if small:
+            better = improved(problem, layout, capacity, keep_off, score, goal, BUDGET)
+            consider([better], keep_off)
+        else:
+            consider(placements(problem, layout.sequence, capacity, keep_off), keep_off)
+    return leaders()[0]
 
 
 def tries(problem: Problem, fallback: Layout) -> Iterator[tuple[Layout, Rule]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import networkx as nx
 
+from zograph.errors import OptionError
 from zograph.schedule.tasks import Stream, Task, Unit
 
 Span = tuple[float, float]
@@ -127,6 +129,35 @@ class Schedule:
         compute, transfers = union(spans[True]), union(spans[False])
         total = sum(end - start for start, end in transfers)
         return shared(compute, transfers) / total if total > 0 else 1.0
+
+    def draw(self, path: str | Path, measured: Mapping[str, Span] | None = None) -> Path:
+        """Draw the timeline of a step into an SVG file: a row for each stream.
+
+        Parameters
+        ----------
+        path
+            Where to write; it ends in ``.svg``.
+        measured
+            Start and end of tasks in seconds, by any clock: drawn below the predicted ones,
+            with the first compute task in the same place.
+
+        Raises
+        ------
+        OptionError
+            If the suffix is another one.
+        """
+        from zograph.schedule.chart import chart
+
+        path = Path(path)
+        if path.suffix != ".svg":
+            raise OptionError(f"cannot draw {path.name!r}: a timeline is an .svg file")
+        if measured:
+            compute = self.order.get(Stream.COMPUTE, ())
+            first = next((n for n in compute if n in measured), next(iter(measured)))
+            shift = self.start[first] - measured[first][0]
+            measured = {n: (a + shift, b + shift) for n, (a, b) in measured.items()}
+        path.write_text(chart(self, measured or None), encoding="utf-8")
+        return path
 
     def _within(self, start: float, end: float) -> list[Span]:
         """Return a span of the endless timeline as spans of one period."""

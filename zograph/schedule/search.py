@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum, auto
 
-from zograph.schedule.memory import ALIGNMENT, Layout, aligned, walk
+from zograph.schedule.memory import ALIGNMENT, Layout, Span, aligned, walk
 from zograph.schedule.problem import Problem
 
 Score = tuple[float, float]
+EARLY = 16
+"""How many of an arena's first fills count as the step's first."""
 
 
 def improved(
@@ -19,7 +21,7 @@ def improved(
     score: Callable[[Layout], Score],
     goal: Score,
     budget: int,
-) -> tuple[Score, Layout]:
+) -> Layout:
     """Return a layout at least as good.
 
     Parameters
@@ -43,14 +45,14 @@ def improved(
                 continue
             seen.add(sequence)
             if len(seen) > budget:
-                return best
+                return best[1]
             for other in placements(problem, sequence, capacity, keep_off):
                 if (value := score(other)) < best[0]:
                     best = value, other
                     improving = True
             if improving:
                 break
-    return best
+    return best[1]
 
 
 def neighbours(problem: Problem, sequence: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -119,39 +121,63 @@ def placed(
     left = [len(users) for users in problem.users]
     ready = [0.0] * len(problem.units)  # when the last user ends
     offsets = [0] * len(problem.units)
-    held: list[list[int]] = [[] for _ in problem.arenas]
+    held: list[list[tuple[int, int, int]]] = [[] for _ in problem.arenas]  # the last in each byte
+    early: list[list[Span]] = [[] for _ in problem.arenas]
     top = outliving(problem, sequence) if place is Place.SPLIT else set()
     for task in sequence:
         start = max((end[other] for other in problem.before[task]), default=0.0)
         start = max(start, free.get(problem.stream[task], 0.0))
         unit = problem.fills[task]
         if unit >= 0:
-            own, size = held[problem.arena[unit]], problem.units[unit].bytes
-            spans = [(offsets[u], offsets[u] + problem.units[u].bytes, u) for u in own]
-            limit = (capacity[problem.arena[unit]] - size) // ALIGNMENT * ALIGNMENT
-            floor = keep_off.get(unit, 0)
-            starts = {floor, limit, *(a for a, _, _ in spans), *(aligned(b) for _, b, _ in spans)}
-            starts.update((a - size) // ALIGNMENT * ALIGNMENT for a, _, _ in spans)
+            arena, size = problem.arena[unit], problem.units[unit].bytes
             choice: tuple[float, int, int] | None = None
-            for at in starts:
-                if not floor <= at <= limit:
+            floor = keep_off.get(unit, 0)
+            for at in edges(held[arena], size, floor, capacity[arena]):
+                before = [u for a, b, u in held[arena] if a < at + size and at < b]
+                if any(left[u] > 0 for u in before):
                     continue
-                before = [(i, u) for i, (a, b, u) in enumerate(spans) if a < at + size and at < b]
-                if any(left[u] > 0 for _, u in before):
-                    continue
-                when = max([start, *(ready[u] for _, u in before)])
-                first = min((i for i, _ in before), default=len(spans))
-                taste = {Place.LOW: 0, Place.LATE: -first, Place.SPLIT: -at * (unit in top)}[place]
+                when = max([start, *(ready[u] for u in before)])
+                taste = 0
+                if place is Place.LATE:
+                    first = (i for i, (a, b) in enumerate(early[arena]) if a < at + size and at < b)
+                    taste = -next(first, EARLY)
+                elif unit in top:
+                    taste = -at
                 choice = min(choice or (when, taste, at), (when, taste, at))
             if choice is None:
                 return None
-            start, _, offsets[unit] = choice
-            own.append(unit)
+            start, _, at = choice
+            offsets[unit] = at
+            held[arena] = [*cut(held[arena], at, at + size), (at, at + size, unit)]
+            if len(early[arena]) < EARLY:
+                early[arena].append((at, at + size))
         end[task] = free[problem.stream[task]] = start + problem.seconds[task]
         for used in problem.uses[task]:
             left[used] -= 1
             ready[used] = max(ready[used], end[task])
     return Layout(sequence, tuple(offsets))
+
+
+def edges(
+    held: Sequence[tuple[int, int, int]], size: int, floor: int, capacity: int
+) -> Iterator[int]:
+    """Yield the offsets beside what is there, and at both ends of the arena."""
+    limit = (capacity - size) // ALIGNMENT * ALIGNMENT
+    found = {floor, limit}
+    for start, end, _ in held:
+        found |= {aligned(start), aligned(end), (start - size) // ALIGNMENT * ALIGNMENT}
+    yield from sorted(at for at in found if floor <= at <= limit)
+
+
+def cut(
+    held: Sequence[tuple[int, int, int]], low: int, high: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield what is left of some spans outside of another."""
+    for start, end, unit in held:
+        if start < min(end, low):
+            yield start, min(end, low), unit
+        if max(start, high) < end:
+            yield max(start, high), end, unit
 
 
 def outliving(problem: Problem, sequence: Sequence[int]) -> set[int]:

@@ -57,6 +57,23 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def read_rows(self, name: str, rows: torch.Tensor, out: torch.Tensor) -> int:
+        """Fill `out` with rows of a parameter; return the bytes read from the tier.
+
+        Parameters
+        ----------
+        rows
+            int64 or int32 [n], in host memory, within the parameter's first dimension.
+        out
+            [n, ...], of the parameter's dtype, contiguous.
+
+        Raises
+        ------
+        StoreError
+            As `read` does.
+        """
+
+    @abstractmethod
     def write(self, name: str, buffer: torch.Tensor, step: int) -> int:
         """Make `buffer` the parameter's value, with every update before `step` in it.
 

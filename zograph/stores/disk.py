@@ -18,7 +18,7 @@ from zograph.stores.checkpoint import CHUNK
 from zograph.stores.extents import ExtentHeader
 from zograph.stores.files import bytes_of, failure
 from zograph.stores.folder import WorkFolder
-from zograph.stores.source import Source
+from zograph.stores.source import Source, as_tensor
 from zograph.stores.workfile import WorkFile, page
 
 WORK_FILE = "weights.zo"
@@ -96,6 +96,15 @@ class DiskStore(Store):
             return self._source.read(self._table[name], buffer)
         assert self._file is not None
         return self._file.read(self._places[name].payload(newest.which), buffer)
+
+    def read_rows(self, name: str, rows: torch.Tensor, out: torch.Tensor) -> int:
+        self._check_open()
+        if name not in self._newest:
+            return self._source.read_rows(self._table[name], rows, out)
+        buffer = page_aligned(padded(self._table[name].bytes))
+        count = self.read(name, buffer)
+        torch.index_select(as_tensor(self._table[name], buffer), 0, rows, out=out)
+        return count
 
     def write(self, name: str, buffer: torch.Tensor, step: int) -> int:
         self._check_open()

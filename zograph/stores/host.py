@@ -63,6 +63,10 @@ class HostStore(Store):
         as_tensor(info, buffer).copy_(self.tensor(name))
         return info.bytes
 
+    def read_rows(self, name: str, rows: torch.Tensor, out: torch.Tensor) -> int:
+        torch.index_select(self.tensor(name), 0, rows, out=out)
+        return out.nbytes
+
     def write(self, name: str, buffer: torch.Tensor, step: int) -> int:
         info = self._table[name]
         self.tensor(name).copy_(as_tensor(info, buffer))

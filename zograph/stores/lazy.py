@@ -157,6 +157,52 @@ def fill(lazy: torch.Tensor, out: torch.Tensor) -> int:
     return sum(fill(part, place) for part, place in parts)
 
 
+def fill_rows(lazy: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> int:
+    """Carry out a recipe for some rows alone; return the bytes read.
+
+    Parameters
+    ----------
+    rows
+        Integers [n], in host memory.
+    out
+        [n, ...], of the recipe's dtype.
+
+    Raises
+    ------
+    StoreError
+        If the checkpoint cannot be read.
+    """
+    if not isinstance(lazy, LazyTensor):
+        torch.index_select(lazy, 0, rows, out=out)
+        return 0
+    wanted, where = torch.unique(rows, return_inverse=True)
+    found = torch.empty((wanted.numel(), *out.shape[1:]), dtype=out.dtype)
+    count = at = 0
+    for first, last in runs(wanted.tolist()):
+        length = last - first + 1
+        count += fill(lazy[first : last + 1], found[at : at + length])
+        at += length
+    torch.index_select(found, 0, where, out=out)
+    return count
+
+
+def runs(rows: list[int]) -> list[tuple[int, int]]:
+    """Return the first and last number of each run in ascending ones.
+
+    Examples
+    --------
+    >>> runs([3, 4, 5, 9])
+    [(3, 5), (9, 9)]
+    """
+    found: list[tuple[int, int]] = []
+    for row in rows:
+        if found and found[-1][1] == row - 1:
+            found[-1] = (found[-1][0], row)
+        else:
+            found.append((row, row))
+    return found
+
+
 def _whole(x: Any, counts: list[int]) -> Any:
     """Carry out an argument's recipe into fresh memory."""
     if not isinstance(x, LazyTensor):

@@ -12,7 +12,7 @@ from torch import nn
 
 from zograph.errors import StoreError
 from zograph.ir import ParamInfo
-from zograph.stores.lazy import fill
+from zograph.stores.lazy import fill, fill_rows
 
 _ORIGIN = "_zograph_origin"
 
@@ -33,6 +33,10 @@ class Source(ABC):
             If the values cannot be read, or there are none.
         """
 
+    @abstractmethod
+    def read_rows(self, info: ParamInfo, rows: torch.Tensor, out: torch.Tensor) -> int:
+        """Fill `out` with rows of a parameter, as `Store.read_rows` does."""
+
 
 def as_tensor(info: ParamInfo, buffer: torch.Tensor) -> torch.Tensor:
     """View the start of a uint8 buffer as the parameter that it holds."""
@@ -49,6 +53,10 @@ class TensorSource(Source):
         as_tensor(info, buffer).copy_(self._tensors(info.name).detach())
         return 0
 
+    def read_rows(self, info: ParamInfo, rows: torch.Tensor, out: torch.Tensor) -> int:
+        torch.index_select(self._tensors(info.name).detach(), 0, rows, out=out)
+        return 0
+
 
 class RecipeSource(Source):
     """Values that are read from a checkpoint as recipes say; some may be in memory."""
@@ -59,6 +67,9 @@ class RecipeSource(Source):
 
     def read(self, info: ParamInfo, buffer: torch.Tensor) -> int:
         return fill(self._values[info.name].detach(), as_tensor(info, buffer))
+
+    def read_rows(self, info: ParamInfo, rows: torch.Tensor, out: torch.Tensor) -> int:
+        return fill_rows(self._values[info.name].detach(), rows, out)
 
 
 @dataclass(frozen=True)

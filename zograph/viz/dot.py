@@ -30,6 +30,7 @@ def digraph(scene: Scene) -> graphviz.Digraph:
             for item in inside.get(number, []):
                 box(cluster, scene, item)
             side_by_side(cluster, inside.get(number, []))
+            on_top(cluster, inside.get(number, []))
     if unused := scene.unused():
         with dot.subgraph(name="cluster_unused") as cluster:
             cluster.attr(label="no stage uses", **look.CLUSTER)
@@ -50,11 +51,19 @@ def side_by_side(dot: Any, items: list[Item]) -> None:
                 rank.edge(one.id, other.id, style="invis")
 
 
+def on_top(dot: Any, items: list[Item]) -> None:
+    """Place what happens to a stage's weights above them."""
+    for strip in items:
+        for item in items:
+            if strip.kind == "transfers" and item.kind == "weights":
+                dot.edge(strip.id, item.id, style="invis")
+
+
 def below_each_other(dot: Any, scene: Scene) -> None:
     """Keep the stages in their order, from top to bottom."""
     inner = [e for e in scene.edges if scene.items[e.source].stage == scene.items[e.target].stage]
     entered, left = {e.target for e in inner}, {e.source for e in inner}
-    boxes = scene.items.values()
+    boxes = [i for i in scene.items.values() if i.kind != "transfers"]
     for above, below in pairwise(scene.stages):
         ends = [i.id for i in boxes if i.stage == above and i.id not in left]
         starts = [i.id for i in boxes if i.stage == below and i.id not in entered]
@@ -71,6 +80,9 @@ def box(dot: Any, scene: Scene, item: Item) -> None:
     """Write one node."""
     if item.kind == "weights":
         dot.node(item.id, look.weights(scene, item), shape="plain")
+        return
+    if item.kind == "transfers":
+        dot.node(item.id, look.transfers(item), shape="plain")
         return
     key = color_key(item)
     lines = sorted(item.lines, key=look.noise_order) if item.kind == "noise" else list(item.lines)
@@ -93,6 +105,10 @@ def box(dot: Any, scene: Scene, item: Item) -> None:
 def arrow(dot: Any, scene: Scene, edge: Edge) -> None:
     """Write one edge."""
     source, target = scene.items[edge.source], scene.items[edge.target]
+    if edge.port == "release":
+        style = {"color": look.SLOT, "style": "dashed", "constraint": "false"}
+        dot.edge(f"{edge.source}:release", f"{edge.target}:fetch", **style)
+        return
     if source.kind == "noise":
         dot.edge(edge.source, edge.target, color=look.NOISE, style="dotted", arrowsize="0.4")
         return

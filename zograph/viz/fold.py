@@ -3,48 +3,110 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from zograph.ir import Branch
-from zograph.viz.scene import Edge, Item, Scene, Stage
+from zograph.viz.scene import Edge, Item, Move, Scene, Stage
+
+LONGEST = 24
+"""Stages of the longest cycle that is looked for."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage stands in a run of equal cycles of stages."""
+
+    run: int
+    cycle: int
+    first: int
+    """The number of the stage that stands for it."""
 
 
 def folded(scene: Scene) -> Scene:
-    """Draw every run of consecutive stages of equal form as its first stage."""
-    runs = [list(g) for _, g in groupby(scene.stages.values(), key=lambda s: s.form)]
-    first: dict[int | None, int] = {s.number: run[0].number for run in runs for s in run}
-    last = {run[0].number: run[-1].number for run in runs}
+    """Draw every run of equal stages, or of equal cycles of stages, as its first cycle."""
+    runs = list(cycles(list(scene.stages.values())))
+    places: dict[int | None, Place] = {}
+    for number, run in enumerate(runs):
+        for cycle, stages_of in enumerate(run):
+            for stage, one in zip(stages_of, run[0], strict=True):
+                places[stage.number] = Place(number, cycle, one.number)
 
     def moved(name: str) -> str:
-        item = scene.items[name]
-        if item.stage not in first:
-            return name
-        return f"s{first[item.stage]}_{name.partition('_')[2]}"
+        place = places.get(scene.items[name].stage)
+        return name if place is None else f"s{place.first}_{name.partition('_')[2]}"
 
     kept = {n: replace(i) for n, i in scene.items.items() if moved(n) == n}
+    stages: dict[int, Stage] = {}
+    for run in runs:
+        for alike in zip(*run, strict=True):
+            stage = stages[alike[0].number] = merged(alike, step=len(run[0]))
+            if strip := merged_moves([scene.items.get(f"s{s.number}_moves") for s in alike]):
+                name = f"s{stage.number}_moves"
+                kept[name] = replace(strip, id=name, stage=stage.number)
     for item in kept.values():
-        if item.stage in last and last[item.stage] != item.stage:
-            span = f"{item.stage}-{last[item.stage]}"
-            item.lines = [re.sub(rf"^keys\.{item.stage}\b", f"keys.{span}", t) for t in item.lines]
-    stages = {run[0].number: merged(run) for run in runs}
+        stage_of = stages.get(-1 if item.stage is None else item.stage)
+        if stage_of is not None and stage_of.repeats > 1:
+            key, span = rf"^keys\.{item.stage}\b", f"keys.{stage_of.numbers()}"
+            item.lines = [re.sub(key, span, t) for t in item.lines]
     edges: dict[Edge, None] = {}
     for edge in scene.edges:
-        one, other = scene.items[edge.source].stage, scene.items[edge.target].stage
+        here = places.get(scene.items[edge.source].stage)
+        there = places.get(scene.items[edge.target].stage)
         new = replace(edge, source=moved(edge.source), target=moved(edge.target))
-        if one is not None and one in first and one != other and first[one] == first.get(other):
-            stages[first[one]].chained = True
+        if here is not None and there is not None and between_cycles(here, there):
+            stages[here.first].chained |= edge.port != "release"
+            stages[here.first].refills |= edge.port == "release"
         elif {new.source, new.target} <= kept.keys():
             edges[new] = None
     return Scene(kept, edges, stages, scene.params)
 
 
-def merged(run: list[Stage]) -> Stage:
-    """Return one stage that stands for a run of them."""
+def between_cycles(one: Place, other: Place) -> bool:
+    """Return whether two stages belong to different cycles of one run."""
+    return one.run == other.run and one.cycle != other.cycle
+
+
+def cycles(stages: list[Stage]) -> Iterator[list[list[Stage]]]:
+    """Split stages into runs of equal cycles; what does not repeat is a run of one cycle.
+
+    Of several ways, the one that covers most stages, then the one with the shortest cycle.
+    """
+    forms = [s.form for s in stages]
+    at = 0
+    while at < len(stages):
+        best = (1, 1)
+        for length in range(1, min(LONGEST, (len(stages) - at) // 2) + 1):
+            one, count = forms[at : at + length], 1
+            while forms[at + count * length : at + (count + 1) * length] == one:
+                count += 1
+            if count > 1 and length * count > best[0] * best[1]:
+                best = (length, count)
+        length, count = best
+        yield [stages[at + i * length : at + (i + 1) * length] for i in range(count)]
+        at += length * count
+
+
+def merged(run: Sequence[Stage], step: int) -> Stage:
+    """Return one stage that stands for others, each `step` stages behind the one before."""
     params = {n: p for s in run for n, p in s.params.items()}
     path = common_path([s.path for s in run])
-    return replace(run[0], path=path, params=params, repeats=len(run))
+    return replace(run[0], path=path, params=params, repeats=len(run), step=step)
+
+
+def merged_moves(strips: list[Item | None]) -> Item | None:
+    """Return one box for what happens to the weights of a run of stages, None if nothing does."""
+    known = [s for s in strips if s is not None]
+    if not known:
+        return None
+    order = ("fetch", "wait", "fold", "write back", "release")
+    moves: dict[str, Move] = {}
+    for what in order:
+        found = [s.moves.get(what) if s is not None else None for s in strips]
+        if some := [m for m in found if m is not None]:
+            low = min(m.low for m in some) if len(some) == len(found) else 0
+            moves[what] = replace(some[0], low=low, high=max(m.high for m in some))
+    return replace(known[0], moves=moves)
 
 
 def common_path(paths: list[str]) -> str:

@@ -6,12 +6,16 @@ import math
 from html import escape
 
 from zograph.ir import ParamInfo
-from zograph.viz.scene import Item, Scene, Stage
+from zograph.viz.scene import Item, Move, Scene, Stage
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; fills are its light tints.
 LINE = {"+": "#D55E00", "-": "#0072B2", "hoisted": "#009E73", "": "#555555"}
 FILL = {"+": "#FBD9BD", "-": "#BFE0F5", "hoisted": "#BFE8DB", "": "#EEEEEE"}
 BAR, WEIGHT, NOISE = "#E6B800", "#FFF9DB", "#CC79A7"
+MOVE = {"fetch": "#DDD6F3", "write back": "#F3D3E3", "fold": "#FBEBA6"}
+"""Fills of what happens to weights; waiting and releasing have none."""
+SLOT = "#7A5FB5"
+"""Colour of the arrows from a released slot to its next fetch."""
 
 GRAPH = {
     "rankdir": "TB", "ranksep": "0.28", "nodesep": "0.18", "fontname": "Helvetica",
@@ -66,9 +70,9 @@ def title(stage: Stage) -> str:
     weights = f" ({amount(count).strip()} parameters, {amount(size)}B{each})" if count else ""
     if stage.repeats == 1:
         return f"stage {stage.number}: {stage.path}{weights}"
-    last = stage.number + stage.repeats - 1
     chain = "\\leach one's results go into the next" if stage.chained else ""
-    return f"stages {stage.number}-{last}: {stage.repeats} x {stage.path}{weights}{chain}\\l"
+    chain += "\\lslots that one releases are filled anew by a later one" if stage.refills else ""
+    return f"stages {stage.numbers()}: {stage.repeats} x {stage.path}{weights}{chain}\\l"
 
 
 def heading(scene: Scene) -> str:
@@ -107,7 +111,8 @@ def weights(scene: Scene, item: Item) -> str:
     """Return the table of a box of weights: a line each, the perturbed copies below."""
     largest = max((p.bytes for p in scene.params.values()), default=1)
     stage = scene.stages.get(-1 if item.stage is None else item.stage)
-    prefix = f"{stage.first_path}." if stage is not None and stage.first_path else ""
+    path = stage.first_path.partition(", part ")[0] if stage is not None else ""
+    prefix = f"{path}." if path else ""
     modules = {p.name.rpartition(".")[0] for p in item.params}
     module = modules.pop() if len(modules) == 1 else ""
     lines = []
@@ -136,6 +141,42 @@ def weights(scene: Scene, item: Item) -> str:
     return f'<<table {frame} bgcolor="{WEIGHT}">{text}</table>>'
 
 
+def span(move: Move) -> str:
+    """Write how many bytes a transfer moves, over equal stages.
+
+    Examples
+    --------
+    >>> span(Move("fetch", 0, 201_000_000)), span(Move("fetch", 128, 128))
+    ('0 to 201 MB', '128 B')
+    """
+    most = f"{amount(move.high)}B"
+    if move.low == move.high:
+        return most
+    number, _, prefix = amount(move.low).partition(" ")
+    same = amount(move.high).endswith(f" {prefix}") or move.low == 0
+    return f"{number} to {most}" if same else f"{number} {prefix}B to {most}"
+
+
+def transfers(item: Item) -> str:
+    """Return the table of what happens to a stage's weights, from left to right."""
+    cells = []
+    for what, move in item.moves.items():
+        words = what
+        if what == "fold":
+            words = f"fold {move.high} term{'s' * (move.high != 1)}"
+        elif move.high:
+            words = f"{what} {span(move)}"
+        if move.streams:
+            streams = ", ".join(s.replace("_", " ") for s in move.streams)
+            words += f'<br/><font point-size="8">{streams}</font>'
+        port = what.replace(" ", "_")
+        fill = f' bgcolor="{MOVE[what]}"' if what in MOVE else ""
+        cells.append(f'<td port="{port}" border="1"{fill}>{words}</td>')
+    frame = f'border="0" cellborder="0" cellspacing="3" cellpadding="3" color="{LINE[""]}"'
+    gap = "<td>&#8250;</td>"
+    return f"<<table {frame}><tr>{gap.join(cells)}</tr></table>>"
+
+
 def legend(scene: Scene) -> str:
     """Return the table that explains the picture."""
     colours = (
@@ -157,5 +198,20 @@ def legend(scene: Scene) -> str:
         ("<td><b>&#8212;&#8212;&gt;</b></td>", "from stage to stage"),
     )
     rows += [f'<tr>{cell}<td align="left">{words}</td></tr>' for cell, words in texts]
+    seen = {what for i in scene.items.values() for what in i.moves}
+    moves = (
+        ("fetch", "weights arrive in slots of the device; below: the stream"),
+        ("fold", "the last step's update is applied to the weights"),
+        ("write back", "the new weights leave; below: the stream"),
+    )
+    for what, words in moves:
+        if what in seen:
+            rows.append(
+                f'<tr><td border="1" bgcolor="{MOVE[what]}">{what}</td>'
+                f'<td align="left">{words}</td></tr>'
+            )
+    if any(e.port == "release" for e in scene.edges):
+        mark = f'<font color="{SLOT}">&#8211; &#8211; &gt;</font>'
+        rows.append(f'<tr><td>{mark}</td><td align="left">a released slot is filled anew</td></tr>')
     frame = 'border="1" cellborder="0" cellspacing="2" cellpadding="2" color="#999999"'
     return f"<<table {frame}>{''.join(rows)}</table>>"

@@ -6,19 +6,30 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from zograph.ir import Kind, info, is_shape, meta, op_name
 from zograph.passes.partition import structure
 from zograph.printer import Printer, body_of
-from zograph.viz.scene import Edge, Item, ItemKind, Scene, Stage
+from zograph.transfers import FETCH, FOLD, RELEASE, WAIT, WRITEBACK
+from zograph.viz.scene import Edge, Item, ItemKind, Move, Scene, Stage
 
 VIEWS = {"view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 VIEWS |= {"alias", "contiguous", "expand", "permute", "t", "transpose"}
 """Operators that only reshape: the picture has them as part of an arrow."""
 
 TERMS = ("seeds", "coefs", "scales")
+MOVES: dict[Any, str] = {
+    FETCH: "fetch",
+    WAIT: "wait",
+    FOLD: "fold",
+    WRITEBACK: "write back",
+    RELEASE: "release",
+}
+TASKS = {"fetch": ("read", "fetch"), "write back": ("writeback", "write")}
+"""Of what moves bytes: what the schedule calls its tasks, see :mod:`zograph.passes.schedule`."""
 SIGNS = ("+", "-")
 
 
@@ -51,6 +62,7 @@ class Reader:
         self.bodies = {n: b for n in gm.graph.nodes if (b := body_of(gm, n)) is not None}
         self.counts: dict[int | None, int] = {}
         self.weights: dict[tuple[int | None, str, str], Item] = {}
+        self.lists: dict[fx.Node, list[Origin | None]] = {}
 
     def read(self) -> Scene:
         """Return the scene."""
@@ -63,6 +75,8 @@ class Reader:
                 self._results(node, known)
             elif node in self.bodies:
                 self._body(node, known)
+            elif node.target in MOVES:
+                self._transfer(node, known)
             elif node not in known:
                 known[node] = self._node(node, meta(node).stage, known)
         used = {e.source for e in self.scene.edges}
@@ -76,6 +90,7 @@ class Reader:
         paths = info(self.gm).stages
         nodes: dict[int, list[fx.Node]] = {}
         numbers: dict[fx.GraphModule, str] = {}
+        idle: dict[int, Stage] = {}
         for node in self.gm.graph.nodes:
             stage = meta(node).stage
             if stage is None or node.op in ("placeholder", "output"):
@@ -85,14 +100,17 @@ class Reader:
                 self.scene.stages[stage] = Stage(
                     stage, paths.get(stage, ""), form, first_path=paths.get(stage, "")
                 )
-            elif meta(node).source != "outline":
+            elif node.target in MOVES:
+                path = paths.get(stage, "")
+                idle.setdefault(stage, Stage(stage, path, "transfers", first_path=path))
+            elif meta(node).source not in ("outline", "offload"):
                 nodes.setdefault(stage, []).append(node)
         for stage, inside in nodes.items():
             whole = all("val" in x.meta for n in inside for x in (n, *n.all_input_nodes))
             flat: object = structure(inside) if whole else stage
             path = paths.get(stage, "")
             self.scene.stages.setdefault(stage, Stage(stage, path, flat, first_path=path))
-        self.scene.stages = dict(sorted(self.scene.stages.items()))
+        self.scene.stages = dict(sorted((idle | self.scene.stages).items()))
 
     def _placeholder(self, node: fx.Node) -> Origin | None:
         record = meta(node)
@@ -101,6 +119,8 @@ class Reader:
             return Origin(param=name)
         if record.kind == Kind.NOISE:
             size = text.partition("[")[2].rstrip("]")
+            if name in TERMS and size == "0":
+                return Origin()  # all terms are folded
             name = "pending terms" if name in TERMS else name
             return Origin(noise=f"{name} [{size}]" if size else name)
         kind: ItemKind = "stored" if record.kind in (Kind.BUFFER, Kind.CONSTANT) else "input"
@@ -124,6 +144,55 @@ class Reader:
                         known[user] = inner.get(results[index])
             else:
                 inner[node] = self._node(node, meta(call).stage, inner)
+
+    def _transfer(self, node: fx.Node, known: dict[fx.Node, Origin | None]) -> None:
+        """Add to what happens to a stage's weights; they stay the same weights for the picture."""
+        first, stage = node.args[0], meta(node).stage
+        if isinstance(first, fx.Node):
+            origins = self.lists[first]
+        else:
+            assert isinstance(first, (list, tuple))
+            origins = [known.get(n) if isinstance(n, fx.Node) else None for n in first]
+        self.lists[node] = origins
+        for user in node.users:
+            index = user.args[1] if len(user.args) > 1 else None
+            if isinstance(index, int):
+                known[user] = origins[index]
+        strip = self._strip(stage)
+        what = MOVES[node.target]
+        names = [o.param for o in origins if o is not None]
+        size = sum(self.scene.params[n].bytes for n in names if n in self.scene.params)
+        if what == "fold":
+            size = self._terms(node.args[1])
+        elif what not in TASKS:
+            size = 0
+        strip.moves[what] = Move(what, size, size, self._streams(what, stage))
+        if stage in self.scene.stages and self.scene.stages[stage].form == "transfers":
+            for name in names:
+                self._weights(name, stage, "plain")
+        for token in node.all_input_nodes if what == "fetch" else ():
+            if token.target is not RELEASE:
+                continue
+            source = self._strip(meta(token).stage)
+            self.scene.edges[Edge(source.id, strip.id, "release")] = None
+
+    def _strip(self, stage: int | None) -> Item:
+        """Return the box of what happens to a stage's weights, making it at its first use."""
+        name = id_of(stage, "moves")
+        return self.scene.items.get(name) or self._add(Item(name, "transfers", stage))
+
+    def _terms(self, node: Any) -> int:
+        """Return how many terms a fold applies."""
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        return int(value.shape[0]) if isinstance(value, torch.Tensor) else 1
+
+    def _streams(self, what: str, stage: int | None) -> tuple[str, ...]:
+        """Return the streams that a stage's bytes pass through, if a schedule says."""
+        found = info(self.gm).schedule
+        if found is None:
+            return ()
+        names = [f"{task} {stage}" for task in TASKS.get(what, ())]
+        return tuple(str(found.tasks[n].stream) for n in names if n in found.tasks)
 
     def _node(
         self, node: fx.Node, stage: int | None, known: dict[fx.Node, Origin | None]

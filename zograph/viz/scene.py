@@ -8,7 +8,18 @@ from typing import Literal
 
 from zograph.ir import Branch, ParamInfo
 
-ItemKind = Literal["op", "weights", "input", "stored", "noise", "result", "entry"]
+ItemKind = Literal["op", "weights", "transfers", "input", "stored", "noise", "result", "entry"]
+
+
+@dataclass(frozen=True)
+class Move:
+    """One thing that happens to the weights of a stage: fetch, wait, fold, write back, release."""
+
+    what: str
+    low: int
+    """Bytes that it moves, or terms that it folds, at least and at most over equal stages."""
+    high: int
+    streams: tuple[str, ...] = ()
 
 
 @dataclass
@@ -26,6 +37,8 @@ class Item:
     """Of weights: which perturbed copies are made of them, ``+`` and ``-``."""
     rows: bool = False
     """Of weights: only the rows that are gathered get perturbed."""
+    moves: dict[str, Move] = field(default_factory=dict)
+    """Of transfers: what happens to the stage's weights, in order."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class Edge:
     source: str
     target: str
     port: str = ""
-    """Which copy of a weight."""
+    """Which copy of a weight; ``release`` of a slot that the target fills anew."""
     type: str = ""
     views: tuple[str, ...] = ()
     """The reshaping operators on the way."""
@@ -43,7 +56,7 @@ class Edge:
 
 @dataclass
 class Stage:
-    """One cluster: a stage, or `repeats` consecutive stages of equal form."""
+    """One cluster: a stage, or `repeats` stages of equal form, each `step` behind the last."""
 
     number: int
     path: str
@@ -52,8 +65,22 @@ class Stage:
     first_path: str = ""
     """Where the names of the drawn weights start."""
     repeats: int = 1
+    step: int = 1
     chained: bool = False
     """Whether each repetition uses what the one before it made."""
+    refills: bool = False
+    """Whether slots that one repetition releases are filled anew by another."""
+
+    def numbers(self) -> str:
+        """Write the numbers of the stages: ``7``, ``2-13`` or ``2, 5 .. 11``."""
+        last = self.number + (self.repeats - 1) * self.step
+        if self.repeats == 1:
+            return str(self.number)
+        if self.step == 1:
+            return f"{self.number}-{last}"
+        dots = ", " if self.repeats == 2 else " .. "
+        second = "" if self.repeats == 2 else f", {self.number + self.step}"
+        return f"{self.number}{second}{dots}{last}"
 
     def size(self) -> tuple[int, int]:
         """Return the number of weights and their bytes."""

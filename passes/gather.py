@@ -1,0 +1,114 @@
+"""gather: of a frozen table that is only looked up, the rows are read and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from zograph.ir import KEY, Kind, call, info, meta
+from zograph.passes.base import Contract, Pass, PassContext, PassResult
+from zograph.transfers import GATHER
+
+EMBEDDING = torch.ops.aten.embedding.default
+
+
+@dataclass(frozen=True)
+class Gather(Pass):
+    """Look frozen tables up where they are stored, and pass the rows to the stage.
+
+    Before::
+
+        %stage: (f32[s0, s1, 8],) = body0(%wte, %ids)            # stage=1, 99 rows of %wte
+          %embedding: f32[s0, s1, 8] = aten.embedding(%wte, %ids)
+
+    After::
+
+        %gather: f32[s0, s1, 8] = zograph.gather(%wte, %ids)     # stage=1
+        %stage: (f32[s0, s1, 8],) = body0(%gather)               # stage=1
+
+    Requires: ``outlined``. Ensures: fact ``gathered``; where the context says that weights are
+    streamed and rows can be read, no stage takes a frozen table of which it only looks up rows
+    that an input or an earlier stage names. A trainable table is updated whole, so it is fetched
+    whole. Numerics: bitwise. Cost: reads rows instead of a table. Raises: nothing.
+    """
+
+    name: ClassVar[str] = "gather"
+    contract: ClassVar[Contract] = Contract(
+        requires=frozenset({"outlined"}), provides=frozenset({"gathered"})
+    )
+
+    def apply(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        if not ctx.by_rows:
+            return PassResult(gm, False, ("tables are on the device, or fetched whole",))
+        calls: dict[str, list[fx.Node]] = {}
+        for node in gm.graph.nodes:
+            if meta(node).kind == Kind.STAGE:
+                calls.setdefault(str(node.target), []).append(node)
+        found = sum(gather_in(gm, body, nodes) for body, nodes in calls.items())
+        gm.recompile()
+        return PassResult(gm, bool(found), (f"{found} lookups read rows",) if found else ())
+
+
+def gather_in(gm: fx.GraphModule, name: str, calls: list[fx.Node]) -> int:
+    """Turn the lookups of one stage body into arguments of its calls; return their number."""
+    body = gm.get_submodule(name)
+    assert isinstance(body, fx.GraphModule)
+    inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+    place = {n: i for i, n in enumerate(inputs)}
+    dropped: set[int] = set()
+    found = 0
+    for table in place:
+        frozen = all(is_frozen(gm, c.args[place[table]]) for c in calls)
+        lookups = list(table.users)
+        if not frozen or not lookups or not all(is_lookup(n, table, place) for n in lookups):
+            continue
+        indices = [n.all_input_nodes[1] for n in lookups]
+        for index in dict.fromkeys(indices):
+            same = [n for n, i in zip(lookups, indices, strict=True) if i is index]
+            with body.graph.inserting_after(inputs[-1]):
+                rows = body.graph.placeholder(f"rows_{found}")
+            rows.meta = {"val": same[0].meta["val"], KEY: meta(same[0])}
+            inputs.append(rows)
+            for node in same:
+                node.replace_all_uses_with(rows)
+                body.graph.erase_node(node)
+            for stage in calls:
+                add_gather(gm, stage, place[table], place[index])
+            found += 1
+        dropped |= {place[table], *(place[i] for i in indices)}
+    dropped = {i for i in dropped if not inputs[i].users}
+    for i in dropped:
+        body.graph.erase_node(inputs[i])
+    for stage in calls if dropped else ():
+        stage.args = tuple(a for i, a in enumerate(stage.args) if i not in dropped)
+    body.recompile()
+    return found
+
+
+def is_frozen(gm: fx.GraphModule, arg: object) -> bool:
+    """Whether a stage's argument is a parameter that no step moves."""
+    if not isinstance(arg, fx.Node) or meta(arg).kind != Kind.PARAMETER:
+        return False
+    return not info(gm).params[str(meta(arg).name)].trainable
+
+
+def is_lookup(node: fx.Node, table: fx.Node, place: dict[fx.Node, int]) -> bool:
+    """Whether a node reads rows of a table that an argument of the stage names."""
+    return node.target is EMBEDDING and node.args[0] is table and node.args[1] in place
+
+
+def add_gather(gm: fx.GraphModule, stage: fx.Node, table: int, index: int) -> None:
+    """Look the rows up ahead of a stage and add them to its arguments."""
+    with gm.graph.inserting_before(stage):
+        rows = call(
+            gm.graph,
+            GATHER,
+            (stage.args[table], stage.args[index]),
+            source=f"gather<{stage.name}",
+            stage=meta(stage).stage,
+            hoisted=meta(stage).hoisted,
+        )
+    stage.args = (*stage.args, rows)
