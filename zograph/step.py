@@ -82,6 +82,16 @@ class ZOStep:
         return self._last_compiled().gm
 
     @property
+    def streamed(self) -> bool:
+        """Whether weights stream through a budget or from a disk."""
+        return self._graphs.streamed
+
+    @property
+    def measured(self) -> dict[str, tuple[float, float]]:
+        """Start and end in seconds of each task's last run, while weights are streamed."""
+        return self._last_compiled().runner.measured
+
+    @property
     def schedule(self) -> Schedule:
         """When the tasks of the last used capture run: order, events, slots, timeline.
 
@@ -269,6 +279,22 @@ class ZOStep:
         self._check_losses(wait=True)
         self._weights.settle()
         self._weights.show()
+
+    def close(self) -> None:
+        """Give back threads, slots and the work folder; twice is fine.
+
+        A fresh work folder is removed with all updates in it: save the model first. The step
+        cannot be used any more if its weights were on a disk.
+        """
+        if self._running is not None:
+            self._running.close()
+        self._weights.store.close()
+
+    def __enter__(self) -> ZOStep:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return the model's state dict with every update in it.

@@ -70,6 +70,18 @@ def add_training(group: Any) -> None:
     )
     group.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
     group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="what a step may take of the device's memory: 8GB, 2GiB, 0.5 (half of it) or minimum; "
+        "weights that do not fit are streamed (default: all weights stay)",
+    )
+    group.add_argument(
+        "--storage",
+        default="host",
+        metavar="WHERE",
+        help="where streamed weights live: host (memory), disk, or a work folder",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 
 from zograph.cli.inputs import InputError
 from zograph.cli.sources import package_file
+from zograph.loading import from_pretrained
 
 CLASSIFICATION = "sequence-classification"
 CAUSAL_LM = "causal-lm"
@@ -65,7 +66,9 @@ def own_classes(name: str) -> list[str] | None:
     return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
-def load(name: str, task: str, classes: Sequence[str] = (), *, seed: int = 0) -> Loaded:
+def load(
+    name: str, task: str, classes: Sequence[str] = (), *, seed: int = 0, storage: str = "host"
+) -> Loaded:
     """Load a model and its tokenizer in float32.
 
     Parameters
@@ -78,6 +81,9 @@ def load(name: str, task: str, classes: Sequence[str] = (), *, seed: int = 0) ->
         Names of the classes, for classification.
     seed
         Weights that the folder lacks (a new head) are drawn from it.
+    storage
+        Other than ``host``: the weights stay on the disk (see
+        :func:`zograph.from_pretrained`); the built-in model is in memory all the same.
 
     Raises
     ------
@@ -106,21 +112,36 @@ def load(name: str, task: str, classes: Sequence[str] = (), *, seed: int = 0) ->
         config.problem_type = "single_label_classification"
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
-    model, info = first_line(
-        name,
-        lambda: auto.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True
-        ),
-    )
-    model.eval()
+    notes = []
+    if storage == "host" or name == BUILTIN:
+        model, info = first_line(
+            name,
+            lambda: auto.from_pretrained(
+                source, config=config, dtype=torch.float32, output_loading_info=True
+            ),
+        )
+        model.eval()
+        if missing := sorted(info["missing_keys"]):
+            notes.append(f"not in {name}, so drawn at random: {', '.join(missing)}")
+    else:
+        extra = {
+            k: getattr(config, k) for k in ("problem_type", "pad_token_id") if k in vars(config)
+        }
+        model = first_line(
+            name,
+            lambda: from_pretrained(
+                source,
+                auto_class=auto,
+                storage=storage,
+                dtype=torch.float32,
+                **(options | extra),
+            ),
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {rows}"
         )
-    notes = []
-    if missing := sorted(info["missing_keys"]):
-        notes.append(f"not in {name}, so drawn at random: {', '.join(missing)}")
     if name == BUILTIN and task == CLASSIFICATION:
         notes.append(bypass_pooler(model))
     return Loaded(model, tokenizer, notes)

@@ -67,7 +67,7 @@ def finetune(args: argparse.Namespace) -> int:
         if args.out:
             out = stack.enter_context(OutputFolder(args.out, overwrite=args.overwrite))
         data = read_data(args)
-        loaded = load(args.model, args.task, data.classes, seed=args.seed)
+        loaded = load(args.model, args.task, data.classes, seed=args.seed, storage=args.storage)
         sets = make_sets(args, data, loaded)
         trained = choose_trainable(loaded.model, args.train)
         print(
@@ -80,6 +80,7 @@ def finetune(args: argparse.Namespace) -> int:
             print("result   not kept: no --out")
         step = compile_step(args, loaded.model)
         device = step.options.device
+        stack.callback(step.close)
         before = sets.scores(step.evaluate, device)
         show("before", before)
         started = time.perf_counter()
@@ -93,6 +94,8 @@ def finetune(args: argparse.Namespace) -> int:
         for name, score_before in before.items():
             print(f"change   {name.replace('_', '-'):<9} {change(score_before, after[name])}")
         print(f"time     {seconds:.1f} s for {done} steps, with compilation")
+        if step.streamed:
+            print(f"memory   {describe_plan(step.plan)}")
         good = True
         if out is not None:
             record = describe(args, data, before, after, history)
@@ -151,6 +154,17 @@ def compile_step(args: argparse.Namespace, model: Any) -> zograph.ZOStep:
         directions=args.directions,
         distribution=args.distribution,
         backend=args.backend,
+        memory=args.memory,
+        storage=args.storage,
+    )
+
+
+def describe_plan(plan: zograph.Plan) -> str:
+    """Say what a streamed step takes and moves."""
+    moved = ", ".join(f"{n / 1e6:.1f} MB {stream}" for stream, n in plan.bytes_moved.items())
+    return (
+        f"{plan.device_bytes / 1e6:.1f} MB a step by plan, {plan.resident} of {plan.parameters} "
+        f"tensors stay; {moved or 'nothing'} a step"
     )
 
 
@@ -218,10 +232,16 @@ def save(
     try:
         step.save_pretrained(out.staging)
         loaded.tokenizer.save_pretrained(out.staging)
-        again = load(str(out.staging), args.task, record["classes"]).model
+        storage = "host" if args.storage == "host" else "disk"
+        again = load(str(out.staging), args.task, record["classes"], storage=storage).model
         device = step.options.device
         held_out = in_order(sets.held_out, sets.pad, sets.limit, sets.size)
-        reloaded = score(again.to(device), held_out, device)
+        if storage == "host":
+            reloaded = score(again.to(device), held_out, device)
+        else:
+            choose_trainable(again, args.train)  # what is frozen is not fetched whole
+            with zograph.compile(again, memory=args.memory, device=device) as check:
+                reloaded = score(check.evaluate, held_out, device)
         record["reloaded"] = {"held_out": reloaded.as_dict()}
         text = json.dumps(record, indent=1) + "\n"
         (out.staging / "zograph.json").write_text(text, encoding="utf-8")
