@@ -201,7 +201,8 @@ class Graphs:
         if self.streamed:
             give_back(collect=True)
         runner = Runner(Program(gm), self.weights)
-        return Compiled(captured.capture, gm, runner, key_tables(gm), seconds)
+        keys = {name: table.to(options.device) for name, table in key_tables(gm).items()}
+        return Compiled(captured.capture, gm, runner, keys, seconds)
 
     def _plan(self, captured: Captured, passes: Pipeline, frames: Frames) -> Layout:
         front, _ = passes.split("offload")
@@ -228,7 +229,10 @@ class Graphs:
         pairs, _ = flatten(batch)
         check_bounds(captured.bounds, dict(pairs))
         device = self.options.device
-        return {p: x.to(device) if isinstance(x, torch.Tensor) else x for p, x in pairs}
+        return {
+            p: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+            for p, x in pairs
+        }
 
     def output(self, compiled: Compiled, results: tuple[Any, ...]) -> Any:
         """Rebuild the model's own output from a graph's flat results."""

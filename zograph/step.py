@@ -193,7 +193,8 @@ class ZOStep:
         noise = {"seeds": none.seeds, "coefs": none.coefs, "scales": none.scales}
         noise["seed"] = torch.tensor(seed, dtype=torch.int64)
         noise["eps"] = torch.tensor(self.options.eps, dtype=torch.float32)
-        return {n: t.to(self.options.device) for n, t in (noise | compiled.keys).items()}
+        device = self.options.device
+        return {n: t.to(device, non_blocking=True) for n, t in noise.items()} | compiled.keys
 
     def _measure(
         self, served: Sequence[tuple[Compiled, list[dict[str, Any]]]], seeds: Sequence[int]

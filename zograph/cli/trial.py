@@ -85,11 +85,10 @@ class Trial:
         """Run one step; return its seconds."""
         start = time.perf_counter()
         self.zo(**self.batch)
-        seconds = time.perf_counter() - start
         last = self.zo.last
         assert last is not None
         self.losses.append((last.loss_plus, last.loss_minus))
-        return seconds
+        return time.perf_counter() - start
 
     def moved(self) -> dict[str, int]:
         """Return the bytes that each transfer stream has moved so far."""
