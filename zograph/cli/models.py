@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,16 +128,19 @@ def load(
         extra = {
             k: getattr(config, k) for k in ("problem_type", "pad_token_id") if k in vars(config)
         }
-        model = first_line(
-            name,
-            lambda: from_pretrained(
-                source,
-                auto_class=auto,
-                storage=storage,
-                dtype=torch.float32,
-                **(options | extra),
-            ),
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            model = first_line(
+                name,
+                lambda: from_pretrained(
+                    source,
+                    auto_class=auto,
+                    storage=storage,
+                    dtype=torch.float32,
+                    **(options | extra),
+                ),
+            )
+        notes += [str(w.message) for w in caught if "drawn at random" in str(w.message)]
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(

@@ -158,7 +158,9 @@ def fill(lazy: torch.Tensor, out: torch.Tensor) -> int:
 
 
 def fill_rows(lazy: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> int:
-    """Carry out a recipe for some rows alone; return the bytes read.
+    """Carry out a recipe for some rows; return the bytes read.
+
+    Of a view of a stored tensor, or a cast of one, the rows are read and nothing else.
 
     Parameters
     ----------
@@ -175,6 +177,17 @@ def fill_rows(lazy: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> int:
     if not isinstance(lazy, LazyTensor):
         torch.index_select(lazy, 0, rows, out=out)
         return 0
+    recipe = lazy.recipe
+    if recipe.leaf is None and recipe.op in COPIES:
+        inner = torch.empty(out.shape, dtype=recipe.args[0].dtype)
+        count = fill_rows(recipe.args[0], rows, inner)
+        out.copy_(inner)
+        return count
+    if recipe.leaf is None:
+        whole = torch.empty(lazy.shape, dtype=lazy.dtype)
+        count = fill(lazy, whole)
+        torch.index_select(whole, 0, rows, out=out)
+        return count
     wanted, where = torch.unique(rows, return_inverse=True)
     found = torch.empty((wanted.numel(), *out.shape[1:]), dtype=out.dtype)
     count = at = 0

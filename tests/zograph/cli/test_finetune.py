@@ -63,6 +63,31 @@ def test_classification_end_to_end(
     assert sorted(p.name for p in out.parent.iterdir()) == ["model"]
 
 
+@pytest.mark.parametrize("trained", [(), ("--train", "LayerNorm|classifier")], ids=["all", "few"])
+def test_a_budget_changes_no_bit_of_the_result(
+    trained: tuple[str, ...],
+    bert: Path,
+    sentences: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ways = {"resident": (), "host": ("--memory", "minimum"),
+            "disk": ("--memory", "minimum", "--storage", "disk")}  # fmt: skip
+    weights = {}
+    for name, options in ways.items():
+        out = tmp_path / name
+        assert finetune(bert, *CLASSIFY, "--data", sentences, "--out", out, *trained, *options) == 0
+        weights[name] = (out / "model.safetensors").read_bytes()
+        printed = capsys.readouterr().out
+        assert ("memory   " in printed) == (name != "resident")
+    assert weights["host"] == weights["resident"]
+    assert weights["disk"] == weights["resident"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(ways)
+    assert "is too small" in refused(capsys, bert, *CLASSIFY, "--data", sentences, "--memory", "9")
+
+
 def test_the_result_is_a_model_to_go_on_with(
     bert: Path, sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

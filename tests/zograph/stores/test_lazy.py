@@ -98,6 +98,27 @@ def test_what_cannot_be_deferred_is_refused(tmp_path: Path) -> None:
         a.to("meta")
 
 
+@pytest.mark.parametrize("name", ["plain", "cast", "rows", "columns", "stack"])
+def test_rows_are_read_alone(tmp_path: Path, name: str) -> None:
+    checkpoint, values = stored(tmp_path)
+    recipe = MOVES[name]
+    made = recipe(leaf(checkpoint, "a"), leaf(checkpoint, "b"))
+    expected = recipe(values["a"], values["b"])
+    rows = torch.tensor([5, 0, 5, 6, 7, 30])
+    out = torch.empty((6, *made.shape[1:]), dtype=made.dtype)
+    count = lazy.fill_rows(made, rows, out)
+    assert torch.equal(out, expected[rows])
+    if name in ("plain", "cast", "rows"):
+        assert count == 5 * 64 * 4
+
+
+def test_rows_of_tensors_in_memory() -> None:
+    table, rows = torch.arange(12.0).view(6, 2), torch.tensor([3, 3, 0])
+    out = torch.empty(3, 2)
+    assert lazy.fill_rows(table, rows, out) == 0
+    assert torch.equal(out, table[rows])
+
+
 def test_tensors_in_memory_are_copied() -> None:
     out = torch.empty(3)
     assert fill(torch.ones(3), out) == 0
