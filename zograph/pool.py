@@ -47,9 +47,8 @@ class Pool:
     idle_seconds : float
         Free storages not handed out for this long are given back to the system.
     limit : int, optional
-        Bytes above which free storages are given back before a new one is made, the longest idle
-        first.  Live storages are never refused, so `bytes` may exceed it; a storage larger than
-        the limit is not kept at all.
+        The most bytes that the pool holds.  Free storages are given back before a new one would
+        exceed it, the longest idle first; memory that exceeds it all the same is not the pool's.
     """
 
     def __init__(self, *, idle_seconds: float = 10.0, limit: int | None = None) -> None:
@@ -92,15 +91,14 @@ class Pool:
         need = -(-nbytes // PAGE) * PAGE
         if nbytes < SMALL:
             return torch.empty(shape, dtype=dtype)
-        if self.limit is not None and need > self.limit:  # nothing of it must be kept
-            self.clear()
-            return torch.empty(shape, dtype=dtype)
         strides = [1] * len(shape)
         for d in range(len(shape) - 1, 0, -1):
             strides[d - 1] = strides[d] * shape[d]
         out = torch.empty(0, dtype=dtype)
         with self._lock:
             slot = self._find(need) or self._make(need)
+            if slot is None:
+                return torch.empty(shape, dtype=dtype)
             slot.used = time.monotonic()
             out.set_(slot.storage, 0, tuple(shape), tuple(strides))
             self._ticks += 1
@@ -139,9 +137,12 @@ class Pool:
                     return slot
         return None
 
-    def _make(self, need: int) -> _Slot:
+    def _make(self, need: int) -> _Slot | None:
+        """Make a storage; None if the limit leaves no room to keep it."""
         if self.limit is not None and self._bytes + need > self.limit:
             self._evict(max(0, self.limit - need))
+            if self._bytes + need > self.limit:
+                return None
         slot = _Slot(need)
         if need not in self._slots:
             self._slots[need] = []

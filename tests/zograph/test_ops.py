@@ -365,6 +365,9 @@ def test_pool_limit_and_idle_time() -> None:
     for size in (1 << 20, 3 << 19, 5 << 18):
         own.empty((size,), torch.uint8)
     assert own.bytes <= 3 << 20
+    live = [own.empty((2 << 20,), torch.uint8) for _ in range(2)]
+    assert own.bytes <= 3 << 20  # the second one is not the pool's
+    assert live[0].data_ptr() != live[1].data_ptr()
     idle = Pool(idle_seconds=0.0)
     idle.empty((1 << 20,), torch.uint8)
     for _ in range(300):
