@@ -34,6 +34,9 @@ from zograph.signature import Signature
 
 LossFn = Callable[..., Any]
 
+KEPT = ("val", KEY, "unbacked_bindings")
+"""What stays of the metadata that export leaves on a node; the rest takes megabytes."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -321,6 +324,7 @@ def _finish(
             stack = node.meta.get("nn_module_stack") or {}
             calls = ((key, str(cls)) for key, (_, cls) in stack.items())
             node.meta[KEY] = NodeMeta(module=tuple(calls), source=f"capture<{node.name}")
+        node.meta = {k: v for k, v in node.meta.items() if k in KEPT}
     out.meta[KEY] = NodeMeta(Kind.OUTPUT, source="capture")
     _restore_base(gm, base)
     gm.meta[KEY] = GraphInfo(params=parameter_table(model), has_loss=traced.want_loss)

@@ -167,7 +167,10 @@ class Graphs:
         seconds = time.perf_counter() - start
         for name, tensor in found.constants.items():
             self.weights.constants[name] = tensor.to(options.device)
-        return Captured(found, find_bounds(found.gm), dual, seconds)
+        bounds = find_bounds(found.gm)
+        if self.streamed:
+            give_back(collect=True)
+        return Captured(found, bounds, dual, seconds)
 
     def compiled(self, captured: Captured, frames: Frames) -> Compiled:
         """Return the compiled graph for forwards of these sizes.
