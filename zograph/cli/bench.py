@@ -11,16 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from zograph.cli import bench_offload
+from zograph.cli import bench_offload, shapes
 from zograph.cli.inputs import InputError, integer
 from zograph.cli.output import check_file
-
-SHAPES: dict[str, dict[str, int]] = {
-    "opt-125m": {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "heads": 12},
-    "opt-350m": {"hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "heads": 16},
-    "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "heads": 32},
-}
-"""Published sizes of OPT (arXiv 2205.01068, table 1); the weights are random."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -34,7 +27,9 @@ def add_parser(subparsers: Any) -> None:
         "alternating in one run, at random weights; then compile times in fresh processes.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--model", default="opt-125m", help=f"{', '.join(SHAPES)} or a folder")
+    parser.add_argument(
+        "--model", default="opt-125m", help="a published size such as opt-125m, or a folder"
+    )
     parser.add_argument("--batch", type=integer(1), default=4, metavar="B", help="rows")
     parser.add_argument("--seq", type=integer(2), default=64, metavar="S", help="tokens a row")
     parser.add_argument("--threads", type=integer(1), default=2, metavar="N")
@@ -60,22 +55,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def config_of(name: str, option: str = "--model") -> Any:
-    """Return the config of a published shape, or of a folder."""
-    from transformers import AutoConfig, OPTConfig
+    """Return the config of a published size, or of a folder."""
+    from transformers import AutoConfig
 
-    if name in SHAPES:
-        shape: dict[str, Any] = dict(SHAPES[name])
-        heads = shape.pop("heads")
-        return OPTConfig(
-            **shape, num_attention_heads=heads, word_embed_proj_dim=shape["hidden_size"]
-        )
+    if (found := shapes.known(name)) is not None:
+        return found
     if Path(name).is_dir():
         return AutoConfig.from_pretrained(name)
-    raise InputError(f"{option} {name}: no folder; known shapes are {', '.join(SHAPES)}")
+    raise InputError(f"{option} {name}: no folder; known sizes are {', '.join(shapes.names())}")
 
 
 def build(name: str, layers: int | None = None) -> Any:
-    """Build a model of a published shape, or of a folder's config, with random weights."""
+    """Build a model of a published size, or of a folder's config, with random weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -123,7 +114,7 @@ def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
 def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
     """Time `prepare` in fresh processes: cold, with a warm cache, and at twice the depth."""
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        layers = SHAPES[args.model]["num_hidden_layers"] if args.model in SHAPES else 12
+        layers = config_of(args.model).num_hidden_layers
         cold = child(args, layers, one)
         return {
             "layers": layers,
