@@ -10,7 +10,9 @@ from torch import fx, nn
 from torch._inductor import config as inductor_config
 from torch._inductor import standalone_compile
 
+from zograph.ir import symbols
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
+from zograph.passes.normalize import expression
 from zograph.passes.partition import form, structure
 
 # Inductor would gather all materialize calls ahead of the matmuls that use them; the graph's
@@ -44,7 +46,8 @@ class Lower(Pass):
 
     Requires: ``outlined``. Ensures: fact ``lowered``. Composite operators are decomposed
     here and nowhere earlier; the materialize operators stay opaque calls. With
-    ``backend="eager"`` the bodies stay graphs. Numerics: reassociates. Cost: seconds per
+    ``backend="eager"`` the bodies stay graphs, and so does one whose inputs' sizes Inductor cannot
+    name. Numerics: reassociates. Cost: seconds per
     distinct body, none in a second process (Inductor's cache) or for a graph that was planned
     anew and cut alike. Raises: what Inductor raises.
     """
@@ -60,17 +63,34 @@ class Lower(Pass):
         if ctx.backend == "eager":
             return PassResult(gm, False, ("backend is eager: bodies run as graphs",))
         bodies = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
-        compiled = lowered = 0
+        compiled = lowered = kept = 0
         for name in sorted(bodies):
             body = gm.get_submodule(name)
-            if isinstance(body, fx.GraphModule):
+            if isinstance(body, fx.GraphModule) and not names_its_sizes(body):
+                kept += 1
+            elif isinstance(body, fx.GraphModule):
                 key = body_form(body)
                 if key not in ctx.lowered:
                     ctx.lowered[key] = compile_body(body)
                     compiled += 1
                 gm.set_submodule(name, CompiledBody(body, ctx.lowered[key]))
                 lowered += 1
-        return PassResult(gm, bool(lowered), (f"{compiled} bodies compiled",) if lowered else ())
+        notes = [f"{compiled} bodies compiled"] if lowered else []
+        if kept:
+            notes.append(f"{kept} bodies run as graphs: a size of their inputs has no name")
+        return PassResult(gm, bool(lowered), tuple(notes))
+
+
+def names_its_sizes(body: fx.GraphModule) -> bool:
+    """Whether every symbol in the inputs' sizes is the size of an input, as Inductor demands.
+
+    A stage that is cut behind a flattened batch may take ``f32[s0*s1, 8]`` alone.
+    """
+    inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+    tensors = [n.meta["val"] for n in inputs if isinstance(n.meta["val"], torch.Tensor)]
+    sizes = [expression(s) for t in tensors for s in t.shape]
+    named = {e for e in sizes if e is not None and e.is_symbol}
+    return not set().union(*map(symbols, tensors)) - named
 
 
 def body_form(body: fx.GraphModule) -> tuple[Any, ...]:

@@ -9,9 +9,24 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from zograph.ir import KEY, Kind, NodeMeta, annotate, getitem, info, meta, output, symbols
+from zograph.ir import (
+    KEY,
+    Kind,
+    NodeMeta,
+    annotate,
+    call,
+    getitem,
+    info,
+    meta,
+    output,
+    placeholders,
+    symbols,
+)
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
+from zograph.passes.normalize import expression
 from zograph.passes.partition import structure
+
+SIZE = torch.ops.aten.sym_size.int
 
 
 @dataclass(frozen=True)
@@ -99,12 +114,21 @@ def missing_sizes(
     wanted: set[Any] = set()
     for node in (*inputs, *nodes):
         wanted |= symbols(node.meta["val"])
-    readers = {
-        n.meta["val"].node.expr: n
-        for n in gm.graph.nodes
-        if n.target is torch.ops.aten.sym_size.int and isinstance(n.meta["val"], torch.SymInt)
-    }
-    return [readers[e] for e in sorted(wanted - bound, key=str) if e in readers]
+    return [n for e in sorted(wanted - bound, key=str) if (n := reader(gm, e)) is not None]
+
+
+def reader(gm: fx.GraphModule, symbol: Any) -> fx.Node | None:
+    """Return the node that reads a symbol off an input, made where there is none yet."""
+    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    known = [n for n in gm.graph.nodes if n.target is SIZE]
+    found = next((n for n in known if expression(n.meta["val"]) == symbol), None)
+    for source in placeholders(gm, Kind.INPUT):
+        val = source.meta["val"]
+        for dim, size in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
+            if found is None and expression(size) == symbol:
+                with gm.graph.inserting_before(first):
+                    found = call(gm.graph, SIZE, (source, dim), source="outline")
+    return found
 
 
 def make_body(

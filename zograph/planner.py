@@ -105,10 +105,9 @@ class Candidate:
         params = info(self.gm).params
         return sum(padded(params[n].bytes) for n in self.weights())
 
-    def roomy(self, budget: int, depth: int) -> bool:
-        """Return whether all weights fit, or those of as many stages in a row as can overlap."""
-        slots = self.overlapped(depth=min(depth, self.depth()))
-        return self.activations() + min(slots, self.total()) <= budget
+    def roomy(self, budget: int) -> bool:
+        """Return whether all weights fit, or those of two stages in a row."""
+        return self.activations() + min(self.overlapped(), self.total()) <= budget
 
 
 class Ways:
@@ -163,11 +162,10 @@ def chosen(ways: Ways, request: Request) -> Layout:
         whole = ways.at(None)[0]
         return layout(whole, request, whole.weights(), 0)
     if isinstance(request.budget, int):
-        for depth in (3, 2):
-            for cut in ways.cuts():
-                for candidate in ways.at(cut):
-                    if candidate.roomy(request.budget, depth):
-                        return filled(candidate, request, request.budget)
+        for cut in ways.cuts():
+            for candidate in ways.at(cut):
+                if candidate.roomy(request.budget):
+                    return filled(candidate, request, request.budget)
     found = [candidate for cut in ways.cuts() for candidate in ways.at(cut)]
     minimum = min(c.minimum() for c in found)
     budget = minimum if request.budget == "minimum" else request.budget
