@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import fx, nn
 
 from zograph import schedule as scheduling
@@ -115,7 +114,9 @@ class Paper:
     ) -> None:
         model = model_or_config
         if not isinstance(model, nn.Module):
-            model = empty_model(model, auto_class or transformers.AutoModelForCausalLM)
+            if auto_class is None:
+                from transformers import AutoModelForCausalLM as auto_class
+            model = empty_model(model, auto_class)
         self.directions = directions
         self._captured, frame = captured(model, batch, loss_fn)
         self._front, back = default_passes().replace("lower").split("offload")
