@@ -126,13 +126,6 @@ def test_budgets_are_kept(name: str) -> None:
     assert moved(name, chosen(name, "minimum")) > 0
 
 
-@pytest.mark.xfail(reason="whole blocks and deeper slots go before weights that stay", strict=True)
-@pytest.mark.parametrize("name", ["deep", "toy"])
-def test_more_memory_moves_no_more(name: str) -> None:
-    found = [moved(name, chosen(name, budget)) for budget in some_budgets(name)]
-    assert found == sorted(found, reverse=True)
-
-
 def test_no_limit_keeps_everything_and_cuts_nothing() -> None:
     for budget in (None, 1 << 40, bounds("deep")[1]):
         layout = chosen("deep", budget)

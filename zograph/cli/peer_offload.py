@@ -20,7 +20,8 @@ weight's copy is alive. Nothing is written but the update, in place in the mappe
 
 The benchmark runs all of them and takes the fastest. Files are read through the page cache, which
 holds the whole model if the machine has the memory: that is to the peer's advantage. Tied weights
-share one file, as a user would link them, and get one noise and one update.
+share one file, as a user would link them, and get one noise and one update. The process runs with
+a fixed ``MALLOC_MMAP_THRESHOLD_``, so that glibc returns freed weights at once.
 """
 
 from __future__ import annotations
