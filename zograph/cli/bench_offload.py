@@ -152,7 +152,7 @@ def child(common: dict[str, Any], **request: Any) -> dict[str, Any]:
     if done.returncode == 2:
         raise InputError(done.stderr.strip().splitlines()[-1])
     if done.returncode:
-        what = f"{request['action']} of {common['dtype']}"
+        what = f"{request['action']} of {common['dtype']}, exit status {done.returncode}"
         raise InputError(f"a process of the benchmark failed ({what}):\n{done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
