@@ -407,6 +407,36 @@ def test_ctrl_c_in_a_child_leaves_the_step_usable() -> None:
     assert int(out.split()[1]) >= 1
 
 
+LEAVING = """
+import os, time
+import torch
+from tests.zograph.test_engine import pipeline
+from zograph.engine.threads import Session
+
+def task(name):
+    def run():
+        if name.startswith("writeback"):
+            time.sleep(0.3)
+            torch.ones(300, 300) @ torch.ones(300, 300)
+            os.write(1, b"ended ")
+    return run
+
+found = pipeline(1, 1)
+session = Session(found, {n: task(n) for n in found.dag})
+session.run()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_lets_the_task_under_way_end() -> None:
+    root = str(Path(__file__).parents[2])
+    env = {"PYTHONPATH": root, "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "ended "), done.stderr
+
+
 def test_gradients_are_off_on_the_threads() -> None:
     found, modes = pipeline(1, 1), []
     actions = {n: (lambda: modes.append(torch.is_grad_enabled())) for n in found.dag}

@@ -42,7 +42,8 @@ class Session:
         ]
         for thread in self._threads:
             thread.start()
-        self._end = weakref.finalize(self, self._board.stop)  # idle threads know the board alone
+        # Idle threads know the board alone. At exit they must be gone before the interpreter is.
+        self._end = weakref.finalize(self, end, self._board, self._threads)
 
     @property
     def measured(self) -> dict[str, tuple[float, float]]:
@@ -85,8 +86,14 @@ class Session:
 
     def close(self) -> None:
         """Let running tasks end, drop the others and end the threads. Raises nothing."""
-        self._board.stop()
-        for thread in self._threads:
+        self._end()
+
+
+def end(board: Board, threads: list[threading.Thread]) -> None:
+    """Let running tasks end, drop the others and wait for the threads."""
+    board.stop()
+    for thread in threads:
+        if thread is not threading.current_thread():  # it may drop the last reference
             thread.join()
 
 
