@@ -19,7 +19,7 @@ from zograph.device import DeviceSpec
 from zograph.errors import CaptureError
 from zograph.ir import clone, info
 from zograph.layout import Layout
-from zograph.memory import give_back
+from zograph.memory import give_back, return_large_blocks
 from zograph.observers import Observers
 from zograph.options import Options
 from zograph.parameters import check_keys
@@ -83,6 +83,8 @@ class Graphs:
         self._known: dict[tuple[Signature, bool, bool], Captured | CaptureError] = {}
         self._warned = False
         self._spec: DeviceSpec | None = None
+        if self.streamed:
+            return_large_blocks()
 
     @property
     def streamed(self) -> bool:

@@ -23,6 +23,23 @@ def give_back(*, collect: bool = False) -> None:
     _trim()(0)
 
 
+LARGE = 1 << 20
+M_MMAP_THRESHOLD = -3
+
+
+@cache
+def return_large_blocks() -> None:
+    """Let the C allocator return blocks of 1 MiB and more to the system as soon as they are freed.
+
+    glibc raises that limit up to 32 MiB as a process frees larger blocks, and then keeps what
+    fits below it: more than a tight memory budget has room for. Fixing the limit holds for the
+    whole process. Does nothing where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE)
+
+
 @cache
 def _trim() -> Callable[[int], object]:
     found = getattr(ctypes.CDLL(None), "malloc_trim", None)
