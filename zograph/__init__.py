@@ -2,7 +2,7 @@
 
 from zograph import errors, passes
 from zograph.capture import Evaluation
-from zograph.compiler import compile
+from zograph.compiler import compile, resume
 from zograph.device import DeviceSpec
 from zograph.loading import from_pretrained
 from zograph.noise import noise
@@ -29,4 +29,5 @@ __all__ = [
     "noise",
     "passes",
     "plan",
+    "resume",
 ]

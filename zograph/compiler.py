@@ -1,7 +1,8 @@
-"""`zograph.compile`: from a model to a compiled zeroth-order step."""
+"""`zograph.compile` and `zograph.resume`: from a model to a compiled zeroth-order step."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,11 @@ from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
+from zograph.errors import OptionError
 from zograph.options import BACKENDS, Options, device_memory, one_of, parse_memory, pick_device
 from zograph.pipeline import Pipeline, default_passes
+from zograph.seedlog import read_log
+from zograph.seedlog.identity import option_of
 from zograph.step import ZOStep
 
 
@@ -33,6 +37,8 @@ def compile(
     directions: int = 1,
     distribution: Literal["normal", "rademacher"] = "normal",
     passes: Pipeline | None = None,
+    log: str | Path | None = None,
+    fsync_every: int = 1,
     on_nan: Literal["raise", "skip"] = "raise",
     dynamic: bool = True,
     backend: Literal["inductor", "eager"] = "inductor",
@@ -72,14 +78,21 @@ def compile(
         are stored, and the results are the same. None: everything stays on the device.
     storage
         Where streamed weights live: ``"host"`` (the model's own memory), ``"disk"`` (a work file
-        in a fresh folder of the working directory, removed at the end) or the path of a work
-        folder, which is kept. A model of :func:`zograph.from_pretrained` lives on the disk.
+        in a fresh folder of the working directory, removed at the end; with `log`, the folder
+        named as the log with ``.work`` behind, kept) or the path of a work folder, which is kept.
+        A model of :func:`zograph.from_pretrained` lives on the disk.
     method, directions
         ``"zo-sgd"``, averaging `directions` independent estimates a step.
     distribution
         Of z: ``"normal"`` or ``"rademacher"``.
     passes
         The pipeline; ``zograph.default_passes()`` with passes of your own inserted.
+    log
+        Write the run's seed log there as it goes: :func:`zograph.resume` continues from it after
+        a kill, bit for bit. The model's values must not be changed by others from then on.
+    fsync_every
+        Records of the log from one flush to the next: what a loss of power may cost, beside the
+        newest flush under way. 0: the operating system decides. A kill costs nothing.
     on_nan
         On a NaN or infinite loss ``"raise"`` :class:`zograph.errors.LossError`, or
         ``"skip"`` the update. The weights stay intact either way.
@@ -100,7 +113,8 @@ def compile(
     ModelError
         If the model has no trainable parameter, or one that is not real floating.
     StoreError
-        If the work folder cannot be used: read-only, in use by another run, or of another run.
+        If the work folder or the log cannot be used: read-only, in use by another run, or of
+        another run.
 
     Examples
     --------
@@ -111,26 +125,83 @@ def compile(
     >>> step(x=torch.ones(3, 4), y=torch.tensor([0, 1, 0])).shape
     torch.Size([])
     """
+    given = dict(locals())
+    model, lr = given.pop("model"), given.pop("lr")
+    return ZOStep(model, lr, make_options(**given))
+
+
+def resume(
+    model: nn.Module, path: str | Path, log: str | Path | None = None, **options: Any
+) -> ZOStep:
+    """Go on with a run from its seed log, bit for bit as if it had never ended.
+
+    Parameters
+    ----------
+    model
+        Holds the values that the run started from.
+    path
+        The log. A torn last record is cut off, with a warning; its step is run again.
+    log
+        None, or `path`: append to the log. Another path: begin there with a copy.
+    **options
+        As :func:`zograph.compile` takes them. Those that change numbers are the log's, and so
+        are `backend` and, by its last step, `lr`, unless given; `loss_fn` and `passes` must be
+        given again. Budget, storage and threads may differ.
+
+    Returns
+    -------
+    ZOStep
+        Its `last` is the log's last step, None if there is none.
+
+    Raises
+    ------
+    LogError
+        If the log is damaged, of another version, model, base or noise, or an option that changes
+        numbers, the backend or the kind of device differs from it.
+    OptionError
+        If an option is unknown or out of range.
+    StoreError
+        If log or work folder cannot be used.
+    """
+    logged = read_log(path)
+    defaults = {n: p.default for n, p in inspect.signature(compile).parameters.items()}
+    if unknown := options.keys() - defaults.keys() | options.keys() & {"model"}:
+        raise OptionError(f"{sorted(unknown)[0]!r} is no option of zograph.compile.")
+    header = logged.header
+    known = {name: option_of(name, value) for name, value in header.options.items()}
+    known |= {"backend": header.engine["backend"], "lr": logged.lr()}
+    given = defaults | known | options | {"log": path if log is None else log}
+    del given["model"]
+    lr = given.pop("lr")
+    return ZOStep(model, lr, make_options(**given), logged)
+
+
+def make_options(
+    *,
+    device: str | torch.device | None,
+    passes: Pipeline | None,
+    backend: Literal["inductor", "eager"],
+    memory: int | float | str | None,
+    log: str | Path | None,
+    **rest: Any,
+) -> Options:
+    """Turn what a user writes into options.
+
+    Raises
+    ------
+    OptionError
+        If one is unknown or out of range.
+    """
     one_of("backend", backend, BACKENDS)
     chosen = pick_device(device)
-    options = Options(
-        loss_fn=loss_fn,
-        eps=eps,
-        weight_decay=weight_decay,
-        seed=seed,
+    return Options(
         device=chosen,
-        compute_dtype=compute_dtype,
-        method=method,
-        directions=directions,
-        distribution=distribution,
         passes=default_passes() if passes is None else passes,
-        on_nan=on_nan,
-        dynamic=dynamic,
         backend=usable_backend(backend),
         memory=parse_memory(memory, device_memory(chosen)),
-        storage=storage,
+        log=None if log is None else Path(log).expanduser(),
+        **rest,
     )
-    return ZOStep(model, lr, options)
 
 
 def usable_backend(backend: Literal["inductor", "eager"]) -> Literal["inductor", "eager"]:
@@ -142,7 +213,7 @@ def usable_backend(backend: Literal["inductor", "eager"]) -> Literal["inductor",
             warnings.warn(
                 "no C++ compiler found, so backend='inductor' becomes 'eager', which is slower. "
                 "Install g++ (Debian: apt-get install g++) or set CXX.",
-                stacklevel=3,
+                stacklevel=4,
             )
             return "eager"
     return backend

@@ -51,6 +51,10 @@ class StoreError(ZographError, OSError):
     """Stored weights cannot be read or written: missing, damaged, locked, or the disk is full."""
 
 
+class LogError(ZographError, ValueError):
+    """A seed log is damaged, of another version, or of another model or other options."""
+
+
 class PlanError(ZographError, ValueError):
     """A memory budget is too small.
 

@@ -202,6 +202,7 @@ def fold_(
     *,
     distribution: str = "normal",
     decay: bool = True,
+    ends: Tensor | None = None,
 ) -> None:
     """Apply the pending terms to `base` in place.
 
@@ -219,6 +220,9 @@ def fold_(
     distribution : {"normal", "rademacher"}
     decay : bool
         False takes every scale as 1.
+    ends : Tensor, optional
+        bool[r], on the CPU: the terms behind which a narrow `base` is rounded, as if they had been
+        applied by a call of their own.  By default only the last.
 
     Raises
     ------
@@ -239,9 +243,11 @@ def fold_(
         return
     data = base.data
     work = data.contiguous()
+    if ends is not None and (ends.dtype != torch.bool or len(ends) != len(seeds)):
+        raise ValueError(f"ends must be bool[{len(seeds)}], got {ends.dtype}[{len(ends)}]")
     if _native(work, work.dtype):
-        kernels.fold(work, terms, int(key), distribution)
+        kernels.fold(work, terms, int(key), distribution, ends)
     else:
-        tiles.apply_terms_(work, terms, torch.as_tensor(key, device=where), distribution)
+        tiles.apply_terms_(work, terms, torch.as_tensor(key, device=where), distribution, ends)
     if work.data_ptr() != data.data_ptr():
         data.copy_(work)

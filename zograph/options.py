@@ -42,6 +42,10 @@ class Options:
     """Bytes of the device that a step may take; None: no limit."""
     storage: str | Path = "host"
     """``host``, ``disk`` or the folder of the work file."""
+    log: Path | None = None
+    """Where the seed log is written."""
+    fsync_every: int = 1
+    """Records between two flushes of the log; 0: the operating system decides."""
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
@@ -67,6 +71,8 @@ class Options:
                 f"no pass makes the graph {missing[0]}, and a step cannot run without: start from "
                 f"zograph.default_passes()."
             )
+        if isinstance(self.fsync_every, bool) or self.fsync_every < 0:
+            raise OptionError(f"fsync_every is {self.fsync_every}; it must be 0 or more records.")
         if not isinstance(self.storage, (str, Path)) or not str(self.storage):
             raise OptionError(
                 f"storage={self.storage!r} is unknown; use 'host', 'disk' or a folder's path."

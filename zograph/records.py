@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from zograph.errors import LossError
-from zograph.weights import Terms
+from zograph.history import Terms
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,12 @@ class Outcome:
         return StepRecord(
             self.step, self.seeds[0], plus, minus, mean, self.lr, not finite, directions
         )
+
+    def applied(self) -> list[tuple[int, float, float, float, float]]:
+        """Seed, scale, coefficient, loss+ and loss- of each direction; waits for the device."""
+        terms, losses = self.terms(), self.losses.cpu()
+        columns = (terms.seeds, terms.scales, terms.coefs, *losses.unbind(1))
+        return list(zip(*(c.tolist() for c in columns), strict=True))
 
     def check(self) -> None:
         """See that every loss is finite.

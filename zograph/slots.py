@@ -67,8 +67,7 @@ class Slots:
         stream = Stream.WRITE if self.weights.store.tier == "disk" else Stream.TO_HOST
         for name in self.newer(slot, names):
             raw, version = self.arena.raw(slot, name), self.versions[slot, name]
-            self.moved_bytes[stream] += self.weights.store.write(name, raw, version)
-            self.weights.version[name] = version
+            self.moved_bytes[stream] += self.weights.write(name, raw, version)
 
     def newer(self, slot: str, names: Sequence[str]) -> list[str]:
         """List the weights that were folded since they were stored."""
@@ -156,8 +155,7 @@ class StagedSlots(DeviceSlots):
         """Write what the buffer holds to the disk."""
         for name, version in self._saved.pop(slot, {}).items():
             raw = self.staging.raw(f"{slot} out", name)
-            self.moved_bytes[Stream.WRITE] += self.weights.store.write(name, raw, version)
-            self.weights.version[name] = version
+            self.moved_bytes[Stream.WRITE] += self.weights.write(name, raw, version)
 
 
 def open_slots(

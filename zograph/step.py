@@ -15,15 +15,16 @@ from zograph.capture import Evaluation
 from zograph.errors import BatchError
 from zograph.export import LazyStateDict, save_pretrained, save_streamed
 from zograph.graphs import Captured, Compiled, Graphs
+from zograph.history import Terms
 from zograph.ir import info
 from zograph.noise import derive_seed
 from zograph.options import Options, check_lr
-from zograph.parameters import parameter_table
 from zograph.plans import Plan, plan_of
 from zograph.records import Outcome, StepRecord
 from zograph.runtime import Frame, Runner
 from zograph.schedule import Schedule
-from zograph.weights import Terms, open_weights
+from zograph.seedlog import LogFile
+from zograph.starting import open_run
 
 
 class ZOStep:
@@ -37,16 +38,17 @@ class ZOStep:
         The learning rate of the next step; assign to it for a schedule.
     """
 
-    def __init__(self, model: nn.Module, lr: float, options: Options) -> None:
+    def __init__(
+        self, model: nn.Module, lr: float, options: Options, logged: LogFile | None = None
+    ) -> None:
         self.model = model
         self.options = options
-        self._outcome: Outcome | None = None
         self._unchecked: list[Outcome] = []
         self._lr = check_lr(lr)
-        self._steps = 0
-        table = parameter_table(model)
         warn_of_eval_mode(model)
-        self._weights = open_weights(model, table, options)
+        self._weights, self._journal = open_run(model, self._lr, options, logged)
+        self._steps = self._weights.history.newest
+        self._outcome = logged.last() if logged else None
         self._graphs = Graphs(model, options, self._weights)
         self._running: Runner | None = None
 
@@ -229,8 +231,10 @@ class ZOStep:
             found.check()
         elif o.on_nan == "raise":
             self._unchecked.append(found)
-        if not (found.ready() and found.record.skipped):
-            self._weights.owe(found.terms(), self._steps + 1)
+        if self._journal is not None:
+            self._journal.add(found)
+        skipped = found.ready() and found.record.skipped
+        self._weights.owe(Terms.of(()) if skipped else found.terms())
         self._outcome = found
         self._steps += 1
         return found.loss()
@@ -280,15 +284,33 @@ class ZOStep:
         self._check_losses(wait=True)
         self._weights.settle()
         self._weights.show()
+        if self._journal is not None:
+            self._journal.flush()
+
+    def save(self, path: str | Path) -> None:
+        """Write the seed log so far, whole or not at all.
+
+        Raises
+        ------
+        StoreError
+            If there is such a file already, or it cannot be written.
+        RuntimeError
+            If the step was compiled without `log`.
+        """
+        if self._journal is None:
+            raise RuntimeError("there is no log: pass log=path to zograph.compile")
+        self._journal.copy_to(Path(path))
 
     def close(self) -> None:
-        """Give back threads, slots and the work folder; twice is fine.
+        """Give back threads, slots, the log and the work folder; twice is fine.
 
         A fresh work folder is removed with all updates in it: save the model first. The step
         cannot be used any more if its weights were on a disk.
         """
         if self._running is not None:
             self._running.close()
+        if self._journal is not None:
+            self._journal.close()
         self._weights.store.close()
 
     def __enter__(self) -> ZOStep:

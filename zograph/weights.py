@@ -3,50 +3,28 @@
 A weight is its base plus pending terms (scale, coefficient, seed). A step's terms are pending
 when it ends; the next visit of each parameter folds them. What a parameter owes is told by its
 `version`, the number of steps whose terms are in its stored value: a transfer that fails, or a
-run that is interrupted, leaves the version behind and the terms in `Weights`, and the next visit
-makes up for it.
+run that is interrupted, leaves the version behind and the terms in the history, and the next
+visit makes up for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from zograph.errors import ParameterChangedError
+from zograph.history import History, Terms
 from zograph.ir import Kind, ParamInfo
 from zograph.ops import fold_
 from zograph.options import Options
 from zograph.stores.base import Store, padded, page_aligned
-from zograph.stores.disk import DiskStore
-from zograph.stores.folder import open_work_folder
+from zograph.stores.disk import Belongs, DiskStore
+from zograph.stores.folder import open_work_folder, work_folder
 from zograph.stores.host import HostStore
 from zograph.stores.source import TensorSource, source_of
-
-
-@dataclass(frozen=True)
-class Terms:
-    """One step's update: ``w <- fl(fl(scale w) + fl(coef z(seed)))``, term by term."""
-
-    seeds: torch.Tensor
-    """int64 [terms]."""
-    coefs: torch.Tensor
-    """float32 [terms]."""
-    scales: torch.Tensor
-    """float32 [terms]; taken as 1 for parameters that weight decay spares."""
-
-    @staticmethod
-    def of(terms: Sequence[tuple[int, float, float]]) -> Terms:
-        """Build from (seed, coefficient, scale) tuples, in order."""
-        seeds, coefs, scales = zip(*terms, strict=True) if terms else ((), (), ())
-        return Terms(
-            torch.tensor(seeds, dtype=torch.int64),
-            torch.tensor(coefs, dtype=torch.float32),
-            torch.tensor(scales, dtype=torch.float32),
-        )
 
 
 class Weights:
@@ -82,9 +60,11 @@ class Weights:
         self._owner: dict[str, tuple[nn.Module, str]] = {}
         for name in (*table, *(n for n, _ in model.named_buffers(remove_duplicate=False))):
             self._owner[name] = owner_of(model, name)
-        self._terms: dict[int, Terms] = {}
-        """Terms that some weight still owes, by the number of steps that they complete."""
-        self.version = dict.fromkeys((n for n, p in table.items() if p.trainable), 0)
+        self.history = History()
+        self.lineage: Callable[[int], int] = lambda version: 0
+        """Gives what the log says of a version; stored with each value (see `Store.write`)."""
+        steps = store.fold_steps()
+        self.version = {n: steps[n] for n, p in table.items() if p.trainable}
 
     def on_device(self) -> frozenset[str]:
         """Return the weights that are held on the device."""
@@ -139,7 +119,19 @@ class Weights:
         if version > self.store.fold_steps().get(name, 0):
             param, buffer = self.table[name], page_aligned(padded(self.table[name].bytes))
             typed(buffer, param).copy_(self.held[name])
-            self.store.write(name, buffer, version)
+            self.write(name, buffer, version)
+
+    def write(self, name: str, buffer: torch.Tensor, version: int) -> int:
+        """Store a weight of a version; return the bytes written.
+
+        Raises
+        ------
+        StoreError
+            If the store fails; its old value is still there.
+        """
+        count = self.store.write(name, buffer, version, self.lineage(version))
+        self.version[name] = version
+        return count
 
     def _of_model(self, name: str) -> torch.Tensor:
         module, attribute = self._owner[name]
@@ -202,34 +194,27 @@ class Weights:
                     f"{list(tensor.shape)}, requires_grad={tensor.requires_grad}. Compile again."
                 )
 
-    def owe(self, terms: Terms, steps: int) -> None:
-        """Make the terms of a run's newest step pending for every trainable parameter.
-
-        Parameters
-        ----------
-        steps
-            The number of steps so far, this one included.
-        """
-        oldest = min(self.version.values())
-        self._terms = {s: t for s, t in self._terms.items() if s > oldest}
-        self._terms[steps] = terms
+    def owe(self, terms: Terms) -> None:
+        """Make the terms of the newest step pending for every trainable parameter."""
+        self.history.add(terms, min(self.version.values()))
 
     def fold(self, name: str, weight: torch.Tensor, version: int) -> int:
         """Apply to a weight of a version, in place, what it still owes; return its new version."""
-        param = self.table[name]
-        for steps, terms in self._terms.items():
-            if steps > version:
-                fold_(
-                    weight,
-                    terms.seeds,
-                    terms.coefs,
-                    terms.scales,
-                    param.key,
-                    distribution=self.distribution,
-                    decay=param.decay,
-                )
-                version = steps
-        return version
+        owed = self.history.since(version)
+        if owed is None:
+            return version
+        param, (terms, ends) = self.table[name], owed
+        fold_(
+            weight,
+            terms.seeds,
+            terms.coefs,
+            terms.scales,
+            param.key,
+            distribution=self.distribution,
+            decay=param.decay,
+            ends=ends,
+        )
+        return self.history.newest
 
     def fold_resident(self, name: str) -> None:
         """Fold a weight that stays on the device, where it stands."""
@@ -243,22 +228,30 @@ class Weights:
         StoreError
             If the store fails; what was not folded stays pending.
         """
-        newest = max(self._terms, default=0)
         for name, version in self.version.items():
             if name in self.held or self.stays(name):
                 self.fold_resident(name)
-            elif version < newest:
+            elif version < self.history.newest:
                 buffer = page_aligned(padded(self.table[name].bytes))
                 self.store.read(name, buffer)
                 folded = self.fold(name, typed(buffer, self.table[name]), version)
-                self.store.write(name, buffer, folded)
-                self.version[name] = folded
+                self.write(name, buffer, folded)
             if name in self.held:
                 self.save(name)
 
 
-def open_weights(model: nn.Module, table: Mapping[str, ParamInfo], options: Options) -> Weights:
+def open_weights(
+    model: nn.Module,
+    table: Mapping[str, ParamInfo],
+    options: Options,
+    resume: Belongs | None = None,
+) -> Weights:
     """Open the store that the options ask for; move to the device what stays there.
+
+    Parameters
+    ----------
+    resume
+        As :class:`DiskStore` takes it.
 
     Raises
     ------
@@ -274,10 +267,12 @@ def open_weights(model: nn.Module, table: Mapping[str, ParamInfo], options: Opti
         store: Store = HostStore(lambda name: getattr(*owner[name]), table, pinned=pinned)
     else:
         asked = options.storage if source is None or options.storage != "host" else source.storage
-        folder = None if str(asked) in ("host", "disk") else Path(asked)
+        folder = None if options.log is None else work_folder(options.log)
+        if str(asked) not in ("host", "disk"):
+            folder = Path(asked)
         parameters = dict(model.named_parameters())
         known = source or TensorSource(parameters.__getitem__)
-        store = DiskStore(open_work_folder(folder), table, known)
+        store = DiskStore(open_work_folder(folder), table, known, resume=resume)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(options.device))

@@ -34,7 +34,7 @@ _PROBE = (_P, _P, _P, _I, _I)  # key, seed, eps, normal, threads
 _SIGNATURES = {
     "zg_materialize": (None, (_P, _P, _P, _I, _I, _L, *_TERMS, *_PROBE)),
     "zg_rows": (_L, (_P, _P, _P, _I, _I, _P, _I, _L, _L, _L, *_TERMS, *_PROBE)),
-    "zg_fold": (None, (_P, _I, _L, *_TERMS, _L, _I, _I)),
+    "zg_fold": (None, (_P, _I, _L, *_TERMS, _L, _P, _I, _I)),
     "zg_fill": (None, (_P, _I, _L, _L, _L, _L, _I, _I)),
 }
 
@@ -140,8 +140,18 @@ def perturb(
         raise IndexError(f"row index {row} is out of range for a tensor of {height} rows")
 
 
-def fold(base: Tensor, terms: Terms, key: int, distribution: str) -> None:
-    """Apply the terms to `base` in place; `key` is the key itself."""
+def fold(
+    base: Tensor, terms: Terms, key: int, distribution: str, ends: Tensor | None = None
+) -> None:
+    """Apply the terms to `base` in place.
+
+    Parameters
+    ----------
+    key : int
+        The key itself.
+    ends : Tensor or None
+        bool[r]: terms behind which `base` is rounded; always behind the last.
+    """
     assert _library is not None
     seeds, coefs, scales = terms
     _library.zg_fold(
@@ -153,6 +163,7 @@ def fold(base: Tensor, terms: Terms, key: int, distribution: str) -> None:
         scales.data_ptr() if scales is not None else None,
         seeds.numel(),
         key,
+        ends.data_ptr() if ends is not None else None,
         distribution == "normal",
         torch.get_num_threads(),
     )

@@ -149,18 +149,23 @@ template <bool N> void term(const float* w, float* out, int n, const Stream& s, 
   });
 }
 
-// The tile's weights after the terms, rounded through the base dtype; `out` may be `w`.
+void round_through(float* x, int n, int type) {
+  if (type == BF16) for (int i = 0; i < n; i++) x[i] = from_bf16(to_bf16(x[i]));
+  if (type == F16) for (int i = 0; i < n; i++) x[i] = from_f16(to_f16(x[i]));
+}
+
+// The tile's weights after the terms, rounded through the base dtype behind the last one and
+// behind those marked in `ends` (null: none); `out` may be `w`.
 template <bool N>
-const float* apply(const float* w, float* out, int n, int64_t start, const Terms& t, int type) {
+const float* apply(const float* w, float* out, int n, int64_t start, const Terms& t, int type,
+                   const uint8_t* ends = nullptr) {
   for (size_t j = 0; j < t.words.size(); j++) {
     const Stream s(t.words[j], start);
     if (t.scales) term<N>(w, out, n, s, t.coefs[j], t.scales[j]);
     else term<N>(w, out, n, s, t.coefs[j]);
     w = out;
+    if (j + 1 == t.words.size() || (ends && ends[j])) round_through(out, n, type);
   }
-  if (t.words.empty()) return w;
-  if (type == BF16) for (int i = 0; i < n; i++) out[i] = from_bf16(to_bf16(out[i]));
-  if (type == F16) for (int i = 0; i < n; i++) out[i] = from_f16(to_f16(out[i]));
   return w;
 }
 
@@ -209,14 +214,15 @@ template <class F> void parallel(int64_t n, int64_t grain, int threads, bool ser
   for (int64_t b = 0; b < blocks; b++) f(b * grain, std::min(n, (b + 1) * grain));
 }
 
-template <bool N> void fold(void* base, int type, int64_t n, const Terms& t, int threads) {
+template <bool N>
+void fold(void* base, int type, int64_t n, const Terms& t, const uint8_t* ends, int threads) {
   parallel(n, TILE, threads, n < SERIAL, [&](int64_t a, int64_t e) {
     alignas(64) float w[TILE];
     for (int64_t i = a; i < e;) {
       const int k = (int)std::min({e - i, TILE, room(i)});
       const float* x = load(base, type, i, k, w);
       float* out = type == F32 ? (float*)base + i : w;
-      store(apply<N>(x, out, k, i, t, F32), k, base, type, i);
+      store(apply<N>(x, out, k, i, t, type, ends), k, base, type, i);
       i += k;
     }
   });
@@ -275,9 +281,11 @@ int64_t zg_rows(const void* base, void* plus, void* minus, int base_t, int out_t
 }
 
 void zg_fold(void* base, int type, int64_t n, const int64_t* seeds, const float* coefs,
-             const float* scales, int64_t r, int64_t key, int normal, int threads) {
+             const float* scales, int64_t r, int64_t key, const uint8_t* ends, int normal,
+             int threads) {
   const Terms t(seeds, coefs, scales, r, key);
-  if (normal) fold<true>(base, type, n, t, threads); else fold<false>(base, type, n, t, threads);
+  if (normal) fold<true>(base, type, n, t, ends, threads);
+  else fold<false>(base, type, n, t, ends, threads);
 }
 
 void zg_fill(void* out, int type, int64_t n, int64_t first, int64_t seed, int64_t key, int normal,

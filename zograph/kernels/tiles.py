@@ -107,6 +107,7 @@ def _sweep(
     probe: tuple[Tensor, Tensor] | None,
     distribution: str,
     compiled: bool | None,
+    ends: Tensor | None = None,
 ) -> None:
     """Per tile of flat `base`: the terms, the base dtype's rounding, then outs or base itself."""
     n, (tile, chosen) = base.numel(), _plan(base.numel(), base.device)
@@ -123,6 +124,8 @@ def _sweep(
         for j in range(seeds.numel()):
             scale = None if scales is None else scales[j]
             term_(w, start, seeds[j], key, coefs[j], scale, distribution)
+            if ends is not None and ends[j] and base.dtype != w.dtype:
+                w.copy_(w.to(base.dtype))
         if probe is None:
             source.copy_(w[: b - a])
             continue
@@ -168,10 +171,16 @@ def perturb(
 
 
 def apply_terms_(
-    base: Tensor, terms: Terms, key: Tensor, distribution: str, *, compiled: bool | None = None
+    base: Tensor,
+    terms: Terms,
+    key: Tensor,
+    distribution: str,
+    ends: Tensor | None = None,
+    *,
+    compiled: bool | None = None,
 ) -> None:
-    """Apply the terms to contiguous `base` in place, rounding once to its dtype."""
-    _sweep(base.view(-1), (None, None), terms, key, None, distribution, compiled)
+    """Apply the terms to contiguous `base` in place, rounding to its dtype at `ends` and last."""
+    _sweep(base.view(-1), (None, None), terms, key, None, distribution, compiled, ends)
 
 
 def perturb_rows(

@@ -74,8 +74,13 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def write(self, name: str, buffer: torch.Tensor, step: int) -> int:
+    def write(self, name: str, buffer: torch.Tensor, step: int, lineage: int = 0) -> int:
         """Make `buffer` the parameter's value, with every update before `step` in it.
+
+        Parameters
+        ----------
+        lineage
+            64 bits that stand for these updates; kept with the value where it outlives the run.
 
         Returns the bytes written to the tier. Until it returns, the old value stays the stored
         one, also through a kill.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,6 +23,10 @@ from zograph.stores.source import Source, as_tensor
 from zograph.stores.workfile import WorkFile, page
 
 WORK_FILE = "weights.zo"
+
+
+Belongs = Callable[[int, int], bool]
+"""Whether a stored value of this step and lineage is of the run that goes on."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,13 @@ class DiskStore(Store):
     source
         The values of parameters that were never written.
     resume
-        Go on with the work file of an earlier run.
+        Go on with the work file of an earlier run, if there is one, and take from it the newest
+        values that are whole and of which this says that they belong to the run.
 
     Raises
     ------
     StoreError
-        If the folder holds a work file and `resume` is false or the file is of another model,
-        or a value in it is damaged beyond repair.
+        If the folder holds a work file that is not resumed, of another model, or cut.
     """
 
     tier: ClassVar[Literal["host", "disk"]] = "disk"
@@ -66,7 +71,7 @@ class DiskStore(Store):
         table: Mapping[str, ParamInfo],
         source: Source,
         *,
-        resume: bool = False,
+        resume: Belongs | None = None,
     ) -> None:
         self.folder = folder
         self.path = folder.path / WORK_FILE
@@ -79,12 +84,12 @@ class DiskStore(Store):
         self._making = threading.Lock()
         self._closed = False
         if self._any_written():
-            if not resume:
+            if resume is None:
                 raise StoreError(
                     f"{folder.path} holds the weights of an earlier run ({WORK_FILE}). Resume that "
                     f"run, name another folder, or delete this one."
                 )
-            self._reopen()
+            self._reopen(resume)
 
     def tensor(self, name: str) -> torch.Tensor | None:
         return None
@@ -106,12 +111,14 @@ class DiskStore(Store):
         torch.index_select(as_tensor(self._table[name], buffer), 0, rows, out=out)
         return count
 
-    def write(self, name: str, buffer: torch.Tensor, step: int) -> int:
+    def write(self, name: str, buffer: torch.Tensor, step: int, lineage: int = 0) -> int:
         self._check_open()
         place, old = self._places[name], self._newest.get(name)
         new = Newest(0, step, 1) if old is None else Newest(1 - old.which, step, old.sequence + 1)
         check = extents.checksum(bytes_of(buffer)[: place.nbytes])
-        header = ExtentHeader(extents.name_hash(name), place.nbytes, step, new.sequence, check)
+        header = ExtentHeader(
+            extents.name_hash(name), place.nbytes, step, new.sequence, lineage, check
+        )
         try:
             file = self._made()
             count = file.write(place.payload(new.which), buffer)
@@ -183,8 +190,8 @@ class DiskStore(Store):
         with open(self.path, "rb") as f:
             return f.read(PAGE)
 
-    def _reopen(self) -> None:
-        """Open an earlier run's file and find the newest whole value of every parameter."""
+    def _reopen(self, belongs: Belongs) -> None:
+        """Open an earlier run's file and find the newest good value of every parameter."""
         found = extents.parse_file_header(self._first_page())
         if found is None:
             raise StoreError(f"{self.path} is no work file of zograph, or its start is damaged.")
@@ -195,15 +202,26 @@ class DiskStore(Store):
                 f"Load the model that the run started with, or name another folder."
             )
         self._file = WorkFile(self.path, self._size, create=False)
-        buffer = page_aligned(CHUNK)
+        buffer, lost = page_aligned(CHUNK), []
         for name in self._table:
-            newest = self._recover(self._file, name, buffer)
+            newest, damaged = self._recover(self._file, name, buffer, belongs)
             if newest is not None:
                 self._newest[name], self._steps[name] = newest, newest.step
+            elif damaged:
+                lost.append(name)
+        if lost:
+            warnings.warn(
+                f"{self.path} holds no good value of {len(lost)} parameters ({lost[0]!r} among "
+                f"them): they are damaged, or of another run. These are made again from the base "
+                f"and the log.",
+                stacklevel=2,
+            )
 
-    def _recover(self, file: WorkFile, name: str, buffer: torch.Tensor) -> Newest | None:
-        """Return the newest whole extent of a parameter, None if it was never written whole."""
-        place, whole, untouched = self._places[name], [], 0
+    def _recover(
+        self, file: WorkFile, name: str, buffer: torch.Tensor, belongs: Belongs
+    ) -> tuple[Newest | None, bool]:
+        """Return the newest good extent of a parameter, and whether both hold bad ones."""
+        place, good, untouched = self._places[name], [], 0
         head = buffer[:PAGE]
         for which in (0, 1):
             file.read(place.extents[which], head)
@@ -213,16 +231,11 @@ class DiskStore(Store):
             header = extents.parse_extent_header(bytes(bytes_of(head)))
             if header is None or header.name != extents.name_hash(name):
                 continue
+            if not belongs(header.step, header.lineage):
+                continue
             if self._checksum(file, place.payload(which), place.nbytes, buffer) == header.checksum:
-                whole.append(Newest(which, header.step, header.sequence))
-        if whole:
-            return max(whole, key=lambda n: n.sequence)
-        if untouched:
-            return None
-        raise StoreError(
-            f"both stored values of {name!r} in {self.path} are damaged. Restore the folder from a "
-            f"copy, or delete it and replay the run's log from the original weights."
-        )
+                good.append(Newest(which, header.step, header.sequence))
+        return max(good, key=lambda n: (n.step, n.sequence), default=None), not untouched
 
     def _checksum(self, file: WorkFile, offset: int, nbytes: int, buffer: torch.Tensor) -> int:
         check = xxhash.xxh3_64()

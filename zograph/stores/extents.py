@@ -10,18 +10,18 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import xxhash
 
 from zograph.ir import ParamInfo
 from zograph.stores.base import PAGE, padded
 
-VERSION = 1
+VERSION = 2
 _FILE_MAGIC = b"zographW"
 _EXTENT_MAGIC = b"zographX"
 _FILE = struct.Struct("<8sQ32s")
-_EXTENT = struct.Struct("<8sQ16sQqQQ")
+_EXTENT = struct.Struct("<8sQ16sQqQQQ")
 _CHECK = struct.Struct("<Q")
 
 
@@ -48,13 +48,14 @@ class ExtentHeader:
     """Number of steps whose updates are in the value."""
     sequence: int
     """1 for a parameter's first write, then one more with each."""
+    lineage: int
+    """What stands for the updates in the value (`Store.write`)."""
     checksum: int
     """XXH3 of the payload, without the padding."""
 
     def pack(self) -> bytes:
         """Return the header page."""
-        values = (self.name, self.nbytes, self.step, self.sequence, self.checksum)
-        return _page(_EXTENT.pack(_EXTENT_MAGIC, VERSION, *values))
+        return _page(_EXTENT.pack(_EXTENT_MAGIC, VERSION, *astuple(self)))
 
 
 def checksum(data: memoryview) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -12,8 +10,15 @@ from pathlib import Path
 
 from zograph.errors import StoreError
 from zograph.stores.files import failure
+from zograph.stores.lock import FileLock
 
 LOCK = "lock"
+WORK = ".work"
+
+
+def work_folder(log: Path) -> Path:
+    """Return the work folder of a run with this log whose weights live on the disk."""
+    return log.with_name(log.name + WORK)
 
 
 class WorkFolder:
@@ -30,9 +35,12 @@ class WorkFolder:
     def __init__(self, path: Path, kept: bool) -> None:
         self.path = path
         self.kept = kept
-        self._lock = _lock(path)
-        _OPEN.add(self)
-        self._end = weakref.finalize(self, _end, self._lock, None if kept else path, os.getpid())
+        lock = FileLock(
+            path / LOCK,
+            f"another run uses the work folder {path}. Wait until it has ended, or name another "
+            f"folder.",
+        )
+        self._end = weakref.finalize(self, _end, lock, None if kept else path, os.getpid())
 
     @property
     def closed(self) -> bool:
@@ -42,22 +50,6 @@ class WorkFolder:
     def close(self) -> None:
         """Release the lock, and remove the folder if it is not to be kept; twice is fine."""
         self._end()
-
-    def _forget(self) -> None:
-        """In a forked child: let go, so that the lock ends with the process that took it."""
-        if self._end.detach():
-            os.close(self._lock)
-
-
-_OPEN: weakref.WeakSet[WorkFolder] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for folder in list(_OPEN):
-        folder._forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)
 
 
 def open_work_folder(folder: Path | None) -> WorkFolder:
@@ -87,26 +79,9 @@ def open_work_folder(folder: Path | None) -> WorkFolder:
         raise failure(e, f"no work folder can be made at {where}") from e
 
 
-def _lock(path: Path) -> int:
-    """Lock the folder. The lock ends with this process, however it ends."""
-    fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        os.close(fd)
-        if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        raise StoreError(
-            e.errno,
-            f"another run uses the work folder {path}. Wait until it has ended, or name another "
-            f"folder.",
-        ) from e
-    return fd
-
-
-def _end(lock: int, remove: Path | None, owner: int) -> None:
+def _end(lock: FileLock, remove: Path | None, owner: int) -> None:
     if os.getpid() != owner:
         return
     if remove is not None:
         shutil.rmtree(remove, ignore_errors=True)
-    os.close(lock)
+    lock.release()

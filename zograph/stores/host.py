@@ -67,7 +67,7 @@ class HostStore(Store):
         torch.index_select(self.tensor(name), 0, rows, out=out)
         return out.nbytes
 
-    def write(self, name: str, buffer: torch.Tensor, step: int) -> int:
+    def write(self, name: str, buffer: torch.Tensor, step: int, lineage: int = 0) -> int:
         info = self._table[name]
         self.tensor(name).copy_(as_tensor(info, buffer))
         self._steps[name] = step

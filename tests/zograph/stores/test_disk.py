@@ -18,8 +18,9 @@ from tests.zograph.stores import small
 from zograph.errors import StoreError
 from zograph.stores import extents, files, workfile
 from zograph.stores.base import PAGE, padded
-from zograph.stores.disk import WORK_FILE
+from zograph.stores.disk import WORK_FILE, DiskStore
 from zograph.stores.folder import open_work_folder
+from zograph.stores.source import TensorSource
 
 
 class Stop(BaseException):
@@ -186,8 +187,23 @@ def test_byte_flips_are_found(tmp_path: Path) -> None:
     for at in (newest + PAGE, older + PAGE):
         whole = whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]
     store.path.write_bytes(whole)
-    with pytest.raises(StoreError, match=r"both stored values of 'b'.*replay"):
-        small.disk_store(tmp_path, resume=True)
+    with pytest.warns(UserWarning, match=r"no good value of 1 parameters \('b'.*made again"):
+        again = small.disk_store(tmp_path, resume=True)
+    assert again.fold_steps()["b"] == 0
+    assert small.same(again, "b", 0)
+    again.close()
+
+
+def test_values_of_another_run_are_left_out(tmp_path: Path) -> None:
+    store = small.disk_store(tmp_path)
+    for step, lineage in ((1, 11), (2, 12)):
+        store.write("a", small.buffer_of("a", small.value("a", step)), step, lineage)
+    store.close()
+    work, source = open_work_folder(tmp_path), TensorSource(lambda name: small.value(name, 0))
+    again = DiskStore(work, small.TABLE, source, resume=lambda step, lineage: lineage == 11)
+    assert again.fold_steps()["a"] == 1
+    assert small.same(again, "a", 1)
+    again.close()
 
 
 CHILD = """
