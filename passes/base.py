@@ -52,6 +52,8 @@ class PassContext:
     ----------
     distribution, backend, directions
         The options of :func:`zograph.compile` of the same name.
+    fold_every
+        Steps from one write of a streamed weight to the next.
     cut
         Most bytes of weights that a stage may hold where it can be cut; None: whole blocks.
     by_rows
@@ -66,6 +68,7 @@ class PassContext:
     distribution: str = "normal"
     backend: str = "inductor"
     directions: int = 1
+    fold_every: int = 1
     cut: int | None = None
     by_rows: bool = False
     layout: Layout | None = None

@@ -42,8 +42,9 @@ class Offload(Pass):
 
     Requires: ``outlined``. Ensures: fact ``offloaded``; a trainable weight is folded exactly
     once, by the first stage that uses it, and what a later stage fetches is what that one wrote
-    back; frozen weights are never folded or written; weights of the layout's `resident` are
-    folded where they stand. In a step, weights that no stage uses are folded at the end.
+    back; if it is not written in every step (`fold_every`), every stage that fetches it folds it;
+    frozen weights are never folded or written; weights of the layout's `resident` are folded
+    where they stand. In a step, weights that no stage uses are folded at the end.
     Numerics: bitwise, where no terms are pending. Cost: one fetch and at most one write-back per
     stage; O(nodes). Raises: nothing; whether the budget is enough the planner has said.
     Reference: Wang et al. 2025 (ZO2), section 5.
@@ -137,9 +138,13 @@ class Writer:
             self.fetched += len(streamed)
             fetch = self.call(FETCH, ([self.stored[n] for n in streamed], []), stage)
             weights |= self.items(self.call(WAIT, (fetch,), stage), streamed)
-        fresh = [n for n in names if self.params[n].trainable and n not in self.folded]
+        again = set(streamed) if self.ctx.fold_every > 1 else set()
+        fresh = [
+            n for n in names if self.params[n].trainable and (n in again or n not in self.folded)
+        ]
         if not fresh:
             return weights, []
+        first = [n for n in fresh if n not in self.folded]
         self.folded.update(fresh)
         keys, slots = self.keys(stage, fresh)
         decay = [self.params[n].decay for n in fresh]
@@ -147,10 +152,11 @@ class Writer:
         fold = self.call(FOLD, (*args, self.ctx.distribution), stage)
         weights |= self.items(fold, fresh)
         self.stored |= {n: weights[n] for n in fresh if n in self.resident}
-        back = [n for n in fresh if n not in self.resident]
+        back = [n for n in first if n not in self.resident]
         if not back:
             return weights, []
-        written = self.call(WRITEBACK, ([weights[n] for n in back],), stage)
+        period = (self.ctx.fold_every,) if self.ctx.fold_every > 1 else ()
+        written = self.call(WRITEBACK, ([weights[n] for n in back], *period), stage)
         kept = self.items(written, back)
         self.stored |= kept
         return weights, list(kept.values())
@@ -186,7 +192,7 @@ class Writer:
     def terms(self) -> list[fx.Node]:
         """Return the inputs that carry the pending terms, made at their first use."""
         if not self.pending:
-            count = self.ctx.directions
+            count = self.ctx.directions * self.ctx.fold_every
             self.pending = [self.noise_input(name, dtype, count) for name, dtype in PENDING]
         return self.pending
 

@@ -99,7 +99,8 @@ class Tasks:
             return self.add_fetch(node, unit(stage), names, before)
         if node.target is FOLD:
             names = weight_names(node)
-            count = self.directions * sum(self.numel(n) for n in names)
+            terms = self.directions * (1 + self.layout.fold_every) / 2
+            count = round(terms * sum(self.numel(n) for n in names))
             seconds = self.layout.spec.seconds((), fold=count)
             held = (unit(stage),) if unit(stage) in self.units else ()
             return self.task(node, f"fold {stage}", Stream.COMPUTE, seconds, before, writes=held)
@@ -134,7 +135,7 @@ class Tasks:
     def write_at_once(
         self, node: fx.Node, name: str, cells: tuple[str, ...], before: tuple[str, ...]
     ) -> tuple[str, ...]:
-        seconds = self.seconds(name, self.outward)
+        seconds = self.seconds(name, self.outward) / self.layout.fold_every
         fields = {"reads": (name,), "stores": cells}
         return self.task(node, f"writeback {name}", self.outward, seconds, before, **fields)
 
@@ -142,10 +143,10 @@ class Tasks:
         self, node: fx.Node, name: str, cells: tuple[str, ...], before: tuple[str, ...]
     ) -> tuple[str, ...]:
         buffer = self.staging(name, "out")
-        seconds = self.seconds(name, Stream.TO_HOST)
+        seconds = self.seconds(name, Stream.TO_HOST) / self.layout.fold_every
         fields = {"fills": buffer, "reads": (name,)}
         save = self.task(node, f"writeback {name}", Stream.TO_HOST, seconds, before, **fields)
-        seconds = self.seconds(name, Stream.WRITE)
+        seconds = self.seconds(name, Stream.WRITE) / self.layout.fold_every
         fields = {"reads": (buffer,), "stores": cells}
         return self.task(node, f"write {name}", Stream.WRITE, seconds, save, **fields)
 

@@ -33,6 +33,7 @@ def compile(
     compute_dtype: torch.dtype | None = None,
     memory: int | float | str | None = None,
     storage: str | Path = "host",
+    fold_every: int | Literal["auto"] = 1,
     method: Literal["zo-sgd"] = "zo-sgd",
     directions: int = 1,
     distribution: Literal["normal", "rademacher"] = "normal",
@@ -81,6 +82,11 @@ def compile(
         in a fresh folder of the working directory, removed at the end; with `log`, the folder
         named as the log with ``.work`` behind, kept) or the path of a work folder, which is kept.
         A model of :func:`zograph.from_pretrained` lives on the disk.
+    fold_every
+        Write a streamed weight back every so many steps only; in between it is its stored base
+        and pending terms, which each visit applies anew. ``"auto"`` weighs the disk's write rate
+        against the noise rate. A float32 weight has the same bits for any period; a narrower one
+        is rounded at its fold points, which depend on step and name alone.
     method, directions
         ``"zo-sgd"``, averaging `directions` independent estimates a step.
     distribution
@@ -170,6 +176,8 @@ def resume(
     header = logged.header
     known = {name: option_of(name, value) for name, value in header.options.items()}
     known |= {"backend": header.engine["backend"], "lr": logged.lr()}
+    if options.get("fold_every") == "auto":  # it was decided when the log was begun
+        del options["fold_every"]
     given = defaults | known | options | {"log": path if log is None else log}
     del given["model"]
     lr = given.pop("lr")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from zograph.bounds import Bound, check_bounds, find_bounds
 from zograph.capture import Capture, LossFn, capture
 from zograph.device import DeviceSpec
+from zograph.elision import PERIODS, choose_period
 from zograph.errors import CaptureError
 from zograph.ir import clone, info
 from zograph.layout import Layout
@@ -80,6 +81,8 @@ class Graphs:
         self.options = options
         self.weights = weights
         self.last: Compiled | None = None
+        self.decided = options.fold_every != "auto" or not self.streamed
+        """Whether the fold period is known; ``auto`` is decided with the first step's plan."""
         self._known: dict[tuple[Signature, bool, bool], Captured | CaptureError] = {}
         self._warned = False
         self._spec: DeviceSpec | None = None
@@ -192,15 +195,13 @@ class Graphs:
         options = self.options
         passes = options.passes if captured.dual else options.passes.for_evaluation()
         observers, start = Observers(), time.perf_counter()
-        ctx = PassContext(
-            options.distribution, options.backend, options.directions, lowered=captured.bodies
-        )
-        seconds = {"capture": captured.seconds}
+        seconds, layout = {"capture": captured.seconds}, None
         if self.streamed:
-            ctx.by_rows = self.by_rows
-            ctx.layout = self._plan(captured, passes, frames)
-            ctx.cut = ctx.layout.cut
+            layout = self._plan(captured, passes, frames)
             seconds["plan"] = time.perf_counter() - start
+        ctx = self._context(
+            cut=None if layout is None else layout.cut, layout=layout, lowered=captured.bodies
+        )
         gm = run(clone(captured.capture.gm), passes, ctx, observers)
         seconds.update(observers.timings)
         if self.streamed:
@@ -209,19 +210,36 @@ class Graphs:
         keys = {name: table.to(options.device) for name, table in key_tables(gm).items()}
         return Compiled(captured.capture, gm, runner, keys, seconds)
 
+    def _context(self, **more: Any) -> PassContext:
+        o = self.options
+        period = self.weights.history.every if self.decided else PERIODS[-1]
+        return PassContext(
+            o.distribution, o.backend, o.directions, period, by_rows=self.by_rows, **more
+        )
+
     def _plan(self, captured: Captured, passes: Pipeline, frames: Frames) -> Layout:
         front, _ = passes.split("offload")
-        options = self.options
 
         def outlined(cut: int | None) -> fx.GraphModule:
-            ctx = PassContext(options.distribution, options.backend, options.directions, cut)
-            ctx.by_rows = self.by_rows
+            ctx = self._context(cut=cut)
             return run(clone(captured.capture.gm), front, ctx, Observers.silent())
 
+        weights = self.weights
         request = Request(
-            options.memory, frames, self.weights.store.tier, self.spec, self.weights.on_device()
+            self.options.memory,
+            frames,
+            weights.store.tier,
+            self.spec,
+            weights.on_device(),
+            weights.history.every,
         )
-        return choose(outlined, request)
+        found = choose(outlined, request)
+        if not self.decided and captured.dual:
+            period = choose_period(found, weights.table, self.options.directions)
+            weights.history.every, self.decided = period, True
+            if period > 1:
+                return choose(outlined, replace(request, fold_every=period))
+        return found
 
     def leaves(self, captured: Captured, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the batch's leaves by path, tensors on the device, indices checked.

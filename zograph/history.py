@@ -43,10 +43,18 @@ class Terms:
 class History:
     """The newest steps' terms, as far back as some weight owes them.
 
-    A weight's *version* is the number of steps whose terms are in its stored value.
+    A weight's *version* is the number of steps whose terms are in its stored value. Its *fold
+    points*, where a narrow base is rounded, are the versions v with ``(v + phase) % every == 0``;
+    the phase is the weight's own.
+
+    Parameters
+    ----------
+    every
+        The fold period, in steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
         self._first = 0
         """The version that `_block` starts at."""
         self._block = Terms.of(())
@@ -54,7 +62,11 @@ class History:
         """How many terms each step of the block has."""
         self._steps: list[Terms] = []
         """The steps behind the block."""
-        self._owed: dict[int, tuple[Terms, torch.Tensor | None]] = {}
+        self._owed: dict[tuple[int, int], tuple[Terms, torch.Tensor | None]] = {}
+
+    def is_fold_point(self, version: int, phase: int) -> bool:
+        """Whether a weight of this phase is folded into its base at a version."""
+        return (version + phase % self.every) % self.every == 0
 
     @property
     def newest(self) -> int:
@@ -90,25 +102,26 @@ class History:
         self._steps.append(terms)
         self._owed = {}
 
-    def since(self, version: int) -> tuple[Terms, torch.Tensor | None] | None:
-        """Return the terms that a weight of this version owes, None if there are none.
+    def since(self, version: int, phase: int = 0) -> tuple[Terms, torch.Tensor | None] | None:
+        """Return the terms that a weight of this version and phase owes, None if there are none.
 
         Returns
         -------
         terms
             In order.
         ends
-            bool [terms], on the CPU: which terms end a step, where a narrow value is rounded.
-            None if only the last does.
+            bool [terms], on the CPU: the terms behind which a fold point is. None if there is
+            none before the last term.
         """
         if version >= self.newest:
             return None
         assert version >= self._first, f"the terms of step {version} were forgotten"
-        if version not in self._owed:
-            self._owed[version] = self._collect(version - self._first)
-        return self._owed[version]
+        key = (version, phase % self.every)
+        if key not in self._owed:
+            self._owed[key] = self._collect(version - self._first, key[1])
+        return self._owed[key]
 
-    def _collect(self, skip: int) -> tuple[Terms, torch.Tensor | None]:
+    def _collect(self, skip: int, phase: int) -> tuple[Terms, torch.Tensor | None]:
         behind = self._steps[max(skip - len(self._counts), 0) :]
         old, gone = self._counts[skip:], int(self._counts[:skip].sum())
         block = Terms(self._block.seeds[gone:], self._block.coefs[gone:], self._block.scales[gone:])
@@ -116,6 +129,8 @@ class History:
             return behind[0], None
         where = behind[0].coefs.device if behind else block.coefs.device
         counts = torch.cat([old, torch.tensor([len(t.coefs) for t in behind], dtype=torch.int64)])
+        versions = self._first + skip + 1 + torch.arange(len(counts))
+        points = ((versions + phase) % self.every == 0) & (counts.cumsum(0) > 0)
         ends = torch.zeros(int(counts.sum()), dtype=torch.bool)
-        ends[counts.cumsum(0)[counts > 0] - 1] = True
+        ends[counts.cumsum(0)[points] - 1] = True
         return Terms.joined([block.to(where), *behind]), ends

@@ -52,6 +52,8 @@ class Layout:
     fixed: int
     """Bytes of buffers, constants, tables of keys and the batch itself."""
     uses: tuple[StageUse, ...] = field(repr=False)
+    fold_every: int = 1
+    """Steps from one write of a streamed weight to the next."""
 
     @property
     def peak(self) -> int:

@@ -42,6 +42,8 @@ class Options:
     """Bytes of the device that a step may take; None: no limit."""
     storage: str | Path = "host"
     """``host``, ``disk`` or the folder of the work file."""
+    fold_every: int | Literal["auto"] = 1
+    """Steps from one write of a streamed weight to the next."""
     log: Path | None = None
     """Where the seed log is written."""
     fsync_every: int = 1
@@ -70,6 +72,10 @@ class Options:
             raise PipelineError(
                 f"no pass makes the graph {missing[0]}, and a step cannot run without: start from "
                 f"zograph.default_passes()."
+            )
+        if self.fold_every != "auto" and (type(self.fold_every) is not int or self.fold_every < 1):
+            raise OptionError(
+                f"fold_every is {self.fold_every!r}; it must be 1 or more steps, or 'auto'."
             )
         if isinstance(self.fsync_every, bool) or self.fsync_every < 0:
             raise OptionError(f"fsync_every is {self.fsync_every}; it must be 0 or more records.")

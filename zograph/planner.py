@@ -39,6 +39,8 @@ class Request:
     spec: DeviceSpec
     keep: frozenset[str] = frozenset()
     """Parameters on the device already: they stay where the budget allows it."""
+    fold_every: int = 1
+    """Steps from one write of a streamed weight to the next."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,16 @@ class Candidate:
         """Return the bytes of all weights that a step visits."""
         params = info(self.gm).params
         return sum(padded(params[n].bytes) for n in self.weights())
+
+    def unrounded(self, request: Request) -> list[str]:
+        """List the weights that cannot be folded where they stand: it would round them too often.
+
+        Those are the ones narrower than float32, where the fold period is longer than a step.
+        """
+        if request.fold_every == 1:
+            return []
+        table = info(self.gm).params.items()
+        return [n for n, p in table if p.trainable and p.dtype.itemsize < 4]
 
     def roomy(self, budget: int) -> bool:
         """Return whether all weights fit, or those of two stages in a row."""
@@ -203,7 +215,7 @@ def finer_cuts(gm: fx.GraphModule) -> list[int]:
 def filled(candidate: Candidate, request: Request, budget: int) -> Layout:
     """Use what the budget leaves for slots that work side by side, then for weights that stay."""
     room = budget - candidate.activations()
-    if candidate.total() <= room:
+    if candidate.total() <= room and not candidate.unrounded(request):
         return layout(candidate, request, candidate.weights(), 0)
     if candidate.overlapped() > room:
         return layout(candidate, request, frozenset(), room)
@@ -214,15 +226,17 @@ def filled(candidate: Candidate, request: Request, budget: int) -> Layout:
     every = candidate.overlapped(depth=depth, every=True) <= room
     resident: frozenset[str] = frozenset()
     held = 0
-    for name in in_order_of_worth(candidate, request.keep):
+    for name in in_order_of_worth(candidate, request):
         more = resident | {name}
         if held + sizes[name] + candidate.overlapped(more, depth=depth, every=every) <= room:
             resident, held = more, held + sizes[name]
     return layout(candidate, request, resident, room - held)
 
 
-def in_order_of_worth(candidate: Candidate, keep: frozenset[str]) -> list[str]:
+def in_order_of_worth(candidate: Candidate, request: Request) -> list[str]:
     """List parameters by what keeping them saves: those of several visits first, spread evenly.
+
+    A weight that cannot be folded where it stands is no candidate.
 
     The stages take turns in an order that spreads over the whole step, so that every part of
     it has about the same share of its weights to fetch.
@@ -234,7 +248,9 @@ def in_order_of_worth(candidate: Candidate, keep: frozenset[str]) -> list[str]:
         for place, name in enumerate(use.weights):
             visits[name] = visits.get(name, 0) + 1
             rank.setdefault(name, (place, turn))
-    return sorted(rank, key=lambda n: (n not in keep, -visits[n], rank[n]))
+    for name in candidate.unrounded(request):
+        rank.pop(name, None)
+    return sorted(rank, key=lambda n: (n not in request.keep, -visits[n], rank[n]))
 
 
 def spread(count: int) -> list[int]:
@@ -259,6 +275,7 @@ def layout(candidate: Candidate, request: Request, resident: frozenset[str], slo
         cut=candidate.cut,
         fixed=candidate.fixed,
         uses=candidate.uses,
+        fold_every=request.fold_every,
     )
 
 

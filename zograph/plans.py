@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from zograph.ir import ParamInfo, info, meta
+from zograph.ir import info, meta
 from zograph.layout import Layout
 from zograph.schedule import Schedule, Stream
 from zograph.stores.base import padded
@@ -123,7 +123,7 @@ def describe(gm: fx.GraphModule, layout: Layout, schedule: Schedule) -> Plan:
         disk_bytes=2 * trainable if layout.tier == "disk" else 0,
         step_seconds=schedule.seconds,
         overlap=schedule.overlap,
-        bytes_moved=moved(gm, schedule, params),
+        bytes_moved=moved(gm, layout, schedule),
         busy={str(s): seconds for s, seconds in schedule.busy.items()},
         forward_seconds=sum(layout.spec.seconds(u.cost.work) for u in layout.uses),
         limiting=str(schedule.limiting),
@@ -135,8 +135,12 @@ def describe(gm: fx.GraphModule, layout: Layout, schedule: Schedule) -> Plan:
     )
 
 
-def moved(gm: fx.GraphModule, schedule: Schedule, params: dict[str, ParamInfo]) -> dict[str, int]:
-    """Return the bytes that each transfer stream moves in a step with pending updates."""
+def moved(gm: fx.GraphModule, layout: Layout, schedule: Schedule) -> dict[str, int]:
+    """Return the bytes that each transfer stream moves in a step with pending updates.
+
+    Of weights that are not written in every step, the mean.
+    """
+    params = info(gm).params
     streams: dict[Any, list[Stream]] = {
         FETCH: [s for s in (Stream.READ, Stream.TO_DEVICE) if s in schedule.order],
         WRITEBACK: [s for s in (Stream.TO_HOST, Stream.WRITE) if s in schedule.order],
@@ -145,6 +149,7 @@ def moved(gm: fx.GraphModule, schedule: Schedule, params: dict[str, ParamInfo]) 
     for node in gm.graph.nodes:
         for stream in streams.get(node.target, ()):
             nbytes = sum(params[str(meta(n).name)].bytes for n in weights_in(node))
+            nbytes //= layout.fold_every if node.target is WRITEBACK else 1
             total[str(stream)] = total.get(str(stream), 0) + nbytes
     return total
 

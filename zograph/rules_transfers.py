@@ -43,11 +43,15 @@ def slots(scope: Scope) -> Iterator[Fault]:
 
 
 def folds(scope: Scope) -> Iterator[Fault]:
-    """Trainable weights are folded once and written back where they were fetched; frozen never."""
+    """Trainable weights are folded once and written back where they were fetched; frozen never.
+
+    A weight that is not written in every step is folded wherever it is fetched.
+    """
     if "offloaded" not in scope.info.facts:
         return
     seen: set[str] = set()
-    written = {w for n in _calls(scope, WRITEBACK) for w in _weights(n)}
+    written = {w: n for n in _calls(scope, WRITEBACK) for w in _weights(n)}
+    elided: set[str] = set()
     for fold in _calls(scope, FOLD):
         for i, weight in enumerate(_weights(fold)):
             name = str(scope.metas[weight].name)
@@ -55,15 +59,17 @@ def folds(scope: Scope) -> Iterator[Fault]:
             if not param.trainable:
                 advice = "leave frozen weights out of the fold"
                 yield Fault(fold, "folds of trainable weights", f"{name} is frozen", advice)
-            if name in seen:
-                advice = "fold a weight where it is first visited"
-                yield Fault(fold, f"one fold of {name} a step", "a second one", advice)
-            seen.add(name)
             fetched = weight.op == "call_function"
             items = [u for u in fold.users if u.target is operator.getitem and u.args[1] == i]
-            if fetched and not any(u in written for u in items):
+            back = [written[u] for u in items if u in written]
+            if name in seen and not (name in elided and fetched and not back):
+                advice = "fold a weight where it is first visited"
+                yield Fault(fold, f"one fold of {name} a step", "a second one", advice)
+            if fetched and name not in seen and not back:
                 advice = "write the folded weight back"
                 yield Fault(fold, f"a write-back of {name}", "none", advice)
+            seen.add(name)
+            elided.update([name] if any(len(b.args) > 1 for b in back) else [])
             if late := [u for u in weight.users if u is not fold and u.target is not RELEASE]:
                 found = f"{scope.name(late[0])} uses the weight as it was fetched"
                 advice = "use the result of the fold"

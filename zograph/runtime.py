@@ -8,7 +8,7 @@ before any runs stage k + 1, so that a weight is visited once per step.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,6 +60,8 @@ class Program:
         """For each stage's task, the name of its body."""
         self.compute: list[str] = []
         """The folds and bodies, in the graph's order."""
+        self.last: dict[str, tuple[str, ...]] = {}
+        """For a task of these, the weights that no later one uses."""
         self._read()
 
     def _read(self) -> None:
@@ -87,6 +89,16 @@ class Program:
                 if last[s] is node and s not in kept and meta(s).kind not in STORED
             )
             where.append(Instruction(node, self._function(node), dies))
+        latest = {name: task for task in self.compute for name in self._weights_of(task)}
+        for name, task in latest.items():
+            self.last[task] = (*self.last.get(task, ()), name)
+
+    def _weights_of(self, task: str) -> Iterator[str]:
+        yield from self.moved.get(task, ())
+        for instruction in self.bodies.get(task, ()):
+            for node in instruction.node.all_input_nodes:
+                if meta(node).kind in (Kind.PARAMETER, Kind.WEIGHT):
+                    yield str(meta(node).name)
 
     def held(self) -> dict[str, tuple[str, ...]]:
         """Return the weights of each slot, in order."""
@@ -237,7 +249,7 @@ class Runner:
         if kind == "body":
             return partial(self._run_body, task)
         if kind == "fold":
-            return partial(self._fold, slot, self.program.moved[task])
+            return partial(self._fold, task)
         assert self.slots is not None
         moved = {"read": "fetch", "write": "writeback"}.get(kind, kind)
         return partial(self.slots.action(kind), slot, self.program.moved[f"{moved} {slot}"])
@@ -246,6 +258,7 @@ class Runner:
         self._make_room(task)
         for frame in self._frames:
             self.program.execute(self.program.bodies[task], frame, self._weight, self._rows)
+        self.weights.leave(self.program.last.get(task, ()))
 
     def _make_room(self, task: str) -> None:
         """Give back what earlier stages have left, where it would count against the budget."""
@@ -273,9 +286,11 @@ class Runner:
         self.slots.moved_bytes[Stream.READ] += nbytes
         return rows
 
-    def _fold(self, slot: str, names: Sequence[str]) -> None:
-        for name in names:
+    def _fold(self, task: str) -> None:
+        slot = task.removeprefix("fold ")
+        for name in self.program.moved[task]:
             if self.slots is not None and (slot, name) in self.slots.versions:
                 self.slots.fold(slot, name)
             else:
                 self.weights.fold_resident(name)
+        self.weights.leave(self.program.last.get(task, ()))

@@ -70,8 +70,9 @@ class Slots:
             self.moved_bytes[stream] += self.weights.write(name, raw, version)
 
     def newer(self, slot: str, names: Sequence[str]) -> list[str]:
-        """List the weights that were folded since they were stored."""
-        return [n for n in names if self.versions[slot, n] > self.weights.version[n]]
+        """List the weights that were folded since they were stored, and are to be written now."""
+        weights, found = self.weights, ((n, self.versions[slot, n]) for n in names)
+        return [n for n, v in found if v > weights.version[n] and weights.is_fold_point(n, v)]
 
 
 class DeviceSlots(Slots):

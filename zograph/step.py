@@ -46,7 +46,7 @@ class ZOStep:
         self._unchecked: list[Outcome] = []
         self._lr = check_lr(lr)
         warn_of_eval_mode(model)
-        self._weights, self._journal = open_run(model, self._lr, options, logged)
+        self._weights, self._log = open_run(model, self._lr, options, logged)
         self._steps = self._weights.history.newest
         self._outcome = logged.last() if logged else None
         self._graphs = Graphs(model, options, self._weights)
@@ -71,6 +71,11 @@ class ZOStep:
     @lr.setter
     def lr(self, value: float) -> None:
         self._lr = check_lr(value)
+
+    @property
+    def fold_every(self) -> int | None:
+        """Steps from one write of a streamed weight to the next; None: not decided yet."""
+        return self._weights.history.every if self._graphs.decided else None
 
     @property
     def graph(self) -> fx.GraphModule:
@@ -170,6 +175,7 @@ class ZOStep:
         elif batch or not batches:
             raise BatchError("pass either one batch as keywords or a non-empty batches=[...]")
         self._check_losses()
+        self._weights.conceal()
         self._weights.check()
         groups: dict[Captured, list[Mapping[str, Any]]] = {}
         for one in batches:
@@ -231,8 +237,8 @@ class ZOStep:
             found.check()
         elif o.on_nan == "raise":
             self._unchecked.append(found)
-        if self._journal is not None:
-            self._journal.add(found)
+        if self._log is not None:
+            self._log.journal(self._weights).add(found)
         skipped = found.ready() and found.record.skipped
         self._weights.owe(Terms.of(()) if skipped else found.terms())
         self._outcome = found
@@ -259,6 +265,7 @@ class ZOStep:
         so on). With a `loss_fn`, an :class:`zograph.Evaluation` of loss and output; its loss
         is None where the batch fits the model but not `loss_fn`.
         """
+        self._weights.conceal()
         self._weights.check()
         loss_fn = self.options.loss_fn
         bare = loss_fn is not None and not fits(loss_fn, batch)
@@ -284,8 +291,8 @@ class ZOStep:
         self._check_losses(wait=True)
         self._weights.settle()
         self._weights.show()
-        if self._journal is not None:
-            self._journal.flush()
+        if self._log is not None:
+            self._log.journal(self._weights).flush()
 
     def save(self, path: str | Path) -> None:
         """Write the seed log so far, whole or not at all.
@@ -297,9 +304,9 @@ class ZOStep:
         RuntimeError
             If the step was compiled without `log`.
         """
-        if self._journal is None:
+        if self._log is None:
             raise RuntimeError("there is no log: pass log=path to zograph.compile")
-        self._journal.copy_to(Path(path))
+        self._log.journal(self._weights).copy_to(Path(path))
 
     def close(self) -> None:
         """Give back threads, slots, the log and the work folder; twice is fine.
@@ -309,8 +316,8 @@ class ZOStep:
         """
         if self._running is not None:
             self._running.close()
-        if self._journal is not None:
-            self._journal.close()
+        if self._log is not None:
+            self._log.close()
         self._weights.store.close()
 
     def __enter__(self) -> ZOStep:
@@ -326,7 +333,7 @@ class ZOStep:
         """
         self.synchronize()
         if self._weights.elsewhere:
-            return LazyStateDict(self.model, self._weights.read)
+            return LazyStateDict(self.model, self._weights.value)
         return dict(self.model.state_dict())
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -341,7 +348,7 @@ class ZOStep:
         """
         self.synchronize()
         if self._weights.elsewhere:
-            save_streamed(self.model, self._weights.read, Path(folder), self._weights.table)
+            save_streamed(self.model, self._weights.value, Path(folder), self._weights.table)
         else:
             save_pretrained(self.model, Path(folder))
 

@@ -13,8 +13,10 @@ into a task on a stream, and the returned tensors into slots of one arena.
     the fetched weights, once they have arrived.
 ``fold(weights, seeds, coefs, scales, keys, slots, decay, distribution)``
     the weights with their pending terms applied (docs/noise.md).
-``writeback(weights)``
-    the stored values from now on.
+``writeback(weights, every)``
+    the stored values from now on. With ``every > 1`` a weight is really written at its fold
+    points only, every so many steps, and stays base and pending terms in between: who fetches it
+    folds it again, so that the values are the same.
 ``release(weights, uses)``
     a token: nothing reads the slots of `weights` any more, once `uses` have been computed.
 """
@@ -49,7 +51,7 @@ _SCHEMAS = {
     "wait": "(Tensor[] fetched) -> Tensor[]",
     "fold": "(Tensor[] weights, Tensor seeds, Tensor coefs, Tensor scales, Tensor keys, "
     "int[] slots, bool[] decay, str distribution) -> Tensor[]",
-    "writeback": "(Tensor[] weights) -> Tensor[]",
+    "writeback": "(Tensor[] weights, int every=1) -> Tensor[]",
     "release": "(Tensor[] weights, Tensor[] uses) -> Tensor",
 }
 

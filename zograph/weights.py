@@ -39,6 +39,8 @@ class Weights:
         Where the newest values are.
     device
         Where steps are computed.
+    fold_every
+        The fold period: see :class:`History`.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Weights:
         distribution: str,
         store: Store,
         device: torch.device,
+        fold_every: int = 1,
     ) -> None:
         self.model = model
         self.device = device
@@ -60,7 +63,11 @@ class Weights:
         self._owner: dict[str, tuple[nn.Module, str]] = {}
         for name in (*table, *(n for n, _ in model.named_buffers(remove_duplicate=False))):
             self._owner[name] = owner_of(model, name)
-        self.history = History()
+        self.visiting: dict[str, torch.Tensor] = {}
+        """Folded copies of weights on the device whose base must not be rounded yet."""
+        self.shown: dict[str, torch.Tensor] = {}
+        """Bases of weights whose newest value is shown in the model meanwhile."""
+        self.history = History(fold_every)
         self.lineage: Callable[[int], int] = lambda version: 0
         """Gives what the log says of a version; stored with each value (see `Store.write`)."""
         steps = store.fold_steps()
@@ -85,12 +92,19 @@ class Weights:
 
     def resident(self, name: str) -> torch.Tensor:
         """Return a weight where it stands on the device: in the model, or as it is held."""
-        held = self.held.get(name)
-        if held is not None:
-            return held
-        tensor = self.store.tensor(name)
-        assert tensor is not None, f"{name} is neither held nor in the model"
-        return tensor
+        found = self.visiting.get(name, self.held.get(name))
+        if found is None:
+            found = self.store.tensor(name)
+        assert found is not None, f"{name} is neither held nor in the model"
+        return found
+
+    def keeps_base(self, name: str) -> bool:
+        """Whether a weight is rounded when it is folded, and may be so at its fold points only."""
+        return self.history.every > 1 and self.table[name].dtype.itemsize < 4
+
+    def is_fold_point(self, name: str, version: int) -> bool:
+        """Whether a weight is folded into its stored base at a version."""
+        return self.history.is_fold_point(version, self.table[name].key)
 
     def stays(self, name: str) -> bool:
         """Whether the stored tensor itself is on the device."""
@@ -144,10 +158,18 @@ class Weights:
         return any(self._of_model(name).is_meta for name in self.table)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the newest stored value of a weight, in memory of its own."""
+        """Return the stored value of a weight, in memory of its own."""
         buffer = page_aligned(padded(self.table[name].bytes))
         self.store.read(name, buffer)
         return typed(buffer, self.table[name])
+
+    def value(self, name: str) -> torch.Tensor:
+        """Return the newest value of a weight, pending terms included, in memory of its own."""
+        held = self.held.get(name)
+        found = self.read(name) if held is None else held.clone()
+        if name in self.version:
+            self.fold(name, found, self.version[name])
+        return found.cpu()
 
     def rows(self, name: str, index: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Return rows of a stored table, as an embedding does, and the bytes read from a disk.
@@ -164,7 +186,7 @@ class Weights:
         return out.view(*index.shape, *param.shape[1:]).to(self.device), nbytes
 
     def show(self) -> None:
-        """Copy the stored values into the model, if it has memory for them and is not the store.
+        """Copy the newest values into the model, if it has memory for them and is not the store.
 
         Raises
         ------
@@ -174,7 +196,16 @@ class Weights:
         if self.store.tier == "host" or self.elsewhere:
             return
         for name in self.version:
-            self._of_model(name).detach().copy_(self.read(name))
+            tensor = self._of_model(name).detach()
+            if self.keeps_base(name):
+                self.shown.setdefault(name, tensor.clone())
+            tensor.copy_(self.value(name))
+
+    def conceal(self) -> None:
+        """Put the bases back into the model that :meth:`settle` and :meth:`show` have replaced."""
+        for name, base in self.shown.items():
+            self._of_model(name).detach().copy_(base)
+        self.shown.clear()
 
     def check(self) -> None:
         """See that every parameter still is what was compiled.
@@ -200,10 +231,11 @@ class Weights:
 
     def fold(self, name: str, weight: torch.Tensor, version: int) -> int:
         """Apply to a weight of a version, in place, what it still owes; return its new version."""
-        owed = self.history.since(version)
+        param = self.table[name]
+        owed = self.history.since(version, param.key)
         if owed is None:
             return version
-        param, (terms, ends) = self.table[name], owed
+        terms, ends = owed
         fold_(
             weight,
             terms.seeds,
@@ -212,16 +244,31 @@ class Weights:
             param.key,
             distribution=self.distribution,
             decay=param.decay,
-            ends=ends,
+            ends=ends if param.dtype.itemsize < 4 else None,
         )
         return self.history.newest
 
     def fold_resident(self, name: str) -> None:
-        """Fold a weight that stays on the device, where it stands."""
-        self.version[name] = self.fold(name, self.resident(name), self.version[name])
+        """Fold a weight that stays on the device: where it stands, or in a copy for its visits."""
+        self.visiting.pop(name, None)
+        weight, newest = self.resident(name), self.history.newest
+        if self.keeps_base(name) and not self.is_fold_point(name, newest):
+            if self.version[name] < newest:
+                self.visiting[name] = weight.clone()
+                self.fold(name, self.visiting[name], self.version[name])
+        else:
+            self.version[name] = self.fold(name, weight, self.version[name])
+
+    def leave(self, names: Iterable[str]) -> None:
+        """Say that a step needs these weights no more."""
+        for name in names:
+            self.visiting.pop(name, None)
 
     def settle(self) -> None:
         """Fold whatever is pending into the store, one weight at a time.
+
+        Where that would round a base between its fold points, the base stays; the newest value is
+        shown in the model, if it has memory of its own, until :meth:`conceal`.
 
         Raises
         ------
@@ -229,7 +276,12 @@ class Weights:
             If the store fails; what was not folded stays pending.
         """
         for name, version in self.version.items():
-            if name in self.held or self.stays(name):
+            if self.keeps_base(name):
+                stored = self.store.tensor(name)
+                if stored is not None and name not in self.held and name not in self.shown:
+                    self.shown[name] = stored.clone()
+                    self.fold(name, stored, version)
+            elif name in self.held or self.stays(name):
                 self.fold_resident(name)
             elif version < self.history.newest:
                 buffer = page_aligned(padded(self.table[name].bytes))
@@ -276,7 +328,8 @@ def open_weights(
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(options.device))
-    return Weights(model, table, options.distribution, store, options.device)
+    period = options.fold_every if isinstance(options.fold_every, int) else 1
+    return Weights(model, table, options.distribution, store, options.device, period)
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -20,7 +20,16 @@ from zograph.stores.extents import fingerprint
 from zograph.stores.files import bytes_of
 from zograph.stores.source import TensorSource, source_of
 
-NUMERIC = ("eps", "weight_decay", "seed", "method", "directions", "distribution", "compute_dtype")
+NUMERIC = (
+    "eps",
+    "weight_decay",
+    "seed",
+    "method",
+    "directions",
+    "distribution",
+    "compute_dtype",
+    "fold_every",
+)
 """The options that change what a step computes."""
 
 
@@ -84,8 +93,13 @@ def option_of(name: str, value: Any) -> Any:
     return getattr(torch, value) if name == "compute_dtype" and value is not None else value
 
 
-def check(path: object, logged: LogHeader, now: LogHeader) -> list[str]:
+def check(path: object, logged: LogHeader, now: LogHeader, *, narrow: bool) -> list[str]:
     """See that a run may go on with a log.
+
+    Parameters
+    ----------
+    narrow
+        Whether weights narrower than float32 are trained: their bits depend on the fold period.
 
     Returns
     -------
@@ -99,7 +113,7 @@ def check(path: object, logged: LogHeader, now: LogHeader) -> list[str]:
     """
     check_base(path, logged, now)
     for name, value in logged.options.items():
-        if now.options[name] != value:
+        if now.options[name] != value and (narrow or name != "fold_every"):
             raise LogError(
                 f"{path} was written with {name}={value!r}, and the run would go on with "
                 f"{now.options[name]!r}. Leave {name} out, or give the same."

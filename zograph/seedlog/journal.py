@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import threading
@@ -201,8 +202,25 @@ class Journal:
                 raise failure(e, f"the log {self.path} cannot be flushed") from e
 
 
+def check_absent(path: Path) -> None:
+    """See that there is no such file.
+
+    Raises
+    ------
+    StoreError
+        If there is.
+    """
+    if path.exists():
+        raise StoreError(
+            errno.EEXIST,
+            f"{path} is there already. Go on with it (zograph.resume), name another file, or "
+            f"delete it.",
+        )
+
+
 def _place(path: Path, data: bytes) -> None:
     """Write a new file, whole or not at all."""
+    check_absent(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -214,11 +232,5 @@ def _place(path: Path, data: bytes) -> None:
             os.link(name, path)
         finally:
             os.unlink(name)
-    except FileExistsError as e:
-        raise StoreError(
-            e.errno,
-            f"{path} is there already. Go on with it (zograph.resume), name another file, or "
-            f"delete it.",
-        ) from e
     except OSError as e:
         raise failure(e, f"the log {path} cannot be made") from e
