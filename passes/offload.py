@@ -158,7 +158,8 @@ class Writer:
         period = (self.ctx.fold_every,) if self.ctx.fold_every > 1 else ()
         written = self.call(WRITEBACK, ([weights[n] for n in back], *period), stage)
         kept = self.items(written, back)
-        self.stored |= kept
+        if not period:  # else a later visit starts from the base again
+            self.stored |= kept
         return weights, list(kept.values())
 
     def release(

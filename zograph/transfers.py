@@ -14,9 +14,9 @@ into a task on a stream, and the returned tensors into slots of one arena.
 ``fold(weights, seeds, coefs, scales, keys, slots, decay, distribution)``
     the weights with their pending terms applied (docs/noise.md).
 ``writeback(weights, every)``
-    the stored values from now on. With ``every > 1`` a weight is really written at its fold
-    points only, every so many steps, and stays base and pending terms in between: who fetches it
-    folds it again, so that the values are the same.
+    the stored values from now on. With ``every > 1`` they are written at the weights' fold points
+    only, every so many steps, and stay base and pending terms in between: whoever fetches them
+    folds them again. The runtime knows which terms a stored value has.
 ``release(weights, uses)``
     a token: nothing reads the slots of `weights` any more, once `uses` have been computed.
 """

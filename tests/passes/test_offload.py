@@ -202,6 +202,31 @@ def test_tied_weights_are_fetched_twice_and_folded_once() -> None:
     assert meta(calls(gm, FETCH)[-1]).stage == 4
 
 
+def every_third(gm: fx.GraphModule, *resident: str) -> fx.GraphModule:
+    Offload().apply(gm, replace(context(gm, *resident), fold_every=3))
+    info(gm).facts |= Offload.contract.provides
+    return gm
+
+
+def test_golden_where_weights_are_written_every_third_step(golden: Golden) -> None:
+    gm = every_third(outlined(), *RESIDENT)
+    golden.check(gm, "offload_every_third")
+    Verifier().check(gm, after="offload")
+
+
+def test_weights_that_are_not_written_are_folded_wherever_they_are_fetched() -> None:
+    gm, once = every_third(outlined()), offloaded(outlined())
+    folded = [name for n in calls(gm, FOLD) for name in weights(n.args[0])]
+    assert sorted(folded) == sorted([*info(gm).params, "wte"])
+    (written,) = (n for n in calls(gm, WRITEBACK) if "wte" in weights(n.args[0]))
+    assert written.args[1] == 3
+    again = calls(gm, FETCH)[-1].args[0][0]
+    assert again.op == "placeholder"  # the second visit starts from the base
+    values = list(bound(gm, **SOMETHING).values())
+    expected = run_graph(once, values)
+    assert all(torch.equal(a, b) for a, b in zip(run_graph(gm, values), expected, strict=True))
+
+
 def test_every_slot_is_released_behind_its_stage() -> None:
     gm = offloaded(outlined(), *RESIDENT)
     place = {n: i for i, n in enumerate(gm.graph.nodes)}

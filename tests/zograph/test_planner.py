@@ -174,8 +174,10 @@ def test_what_stays_is_spread_over_the_stages() -> None:
 
 def test_weights_of_several_visits_stay_first() -> None:
     whole = ways("toy").at(None)[0]
-    assert in_order_of_worth(whole, frozenset())[0] == "table.weight"
-    assert in_order_of_worth(whole, frozenset({"spare"}))[:2] == ["spare", "table.weight"]
+    request = Request(None, (), "host", SPEC)
+    assert in_order_of_worth(whole, request)[0] == "table.weight"
+    kept = replace(request, keep=frozenset({"spare"}))
+    assert in_order_of_worth(whole, kept)[:2] == ["spare", "table.weight"]
 
 
 def test_what_is_on_the_device_stays_where_it_can() -> None:
