@@ -408,7 +408,7 @@ def test_ctrl_c_in_a_child_leaves_the_step_usable() -> None:
 
 
 LEAVING = """
-import os, time
+import os, threading, time
 import torch
 from tests.zograph.test_engine import pipeline
 from zograph.engine.threads import Session
@@ -416,14 +416,16 @@ from zograph.engine.threads import Session
 def task(name):
     def run():
         if name.startswith("writeback"):
+            begun.set()
             time.sleep(0.3)
             torch.ones(300, 300) @ torch.ones(300, 300)
             os.write(1, b"ended ")
     return run
 
-found = pipeline(1, 1)
+found, begun = pipeline(1, 1), threading.Event()
 session = Session(found, {n: task(n) for n in found.dag})
 session.run()
+begun.wait()
 """
 
 

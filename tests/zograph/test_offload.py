@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -449,12 +450,11 @@ def test_a_schedule_without_its_waits_is_refused_and_shows(
     monkeypatch.setattr(HostStore, "read", late)
     assert train(compiled("toy", memory=amount), usual("toy"), 8, lambda i: i == 4) == expected
     monkeypatch.setenv("ZOGRAPH_VERIFY", "0")
-    try:
+    # wrong losses, or a slot whose version was read before the slot was filled
+    with contextlib.suppress(AssertionError):
         found = train(compiled("toy", memory=amount, passes=hasty), usual("toy"), 8)
-    except AssertionError as error:  # a slot's version is read before the slot is filled
-        assert "were forgotten" in str(error)
-    else:
-        assert found.records != expected.records
+        assert found.records == expected.records
+        pytest.fail("a race that changes nothing")
 
 
 @pytest.mark.slow
