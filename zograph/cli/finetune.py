@@ -44,7 +44,6 @@ def add_parser(subparsers: Any) -> None:
         help="score on at most N examples, 0 for all (default: %(default)s)",
     )
     add_training(parser.add_argument_group("training"))
-    add_log(parser.add_argument_group("seed log"))
     result = parser.add_argument_group("result")
     result.add_argument("--out", type=Path, metavar="DIR", help="folder for the result")
     result.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
@@ -82,27 +81,6 @@ def add_training(group: Any) -> None:
         default="host",
         metavar="WHERE",
         help="where streamed weights live: host (memory), disk, or a work folder",
-    )
-
-
-def add_log(group: Any) -> None:
-    """Add the options of the seed log."""
-    group.add_argument(
-        "--log", type=Path, metavar="FILE", help="write the run's seed log: what each step did"
-    )
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run of --log FILE, bit for bit as if it had never ended; start it if "
-        "there is no such file, so that the same command can be given until the run is done",
-    )
-    group.add_argument(
-        "--fsync-every",
-        type=integer(0),
-        default=1,
-        metavar="N",
-        help="records from one flush to the next: what a loss of power may cost; 0: the operating "
-        "system decides (default: %(default)s)",
     )
 
 

@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal, lines elsewhere; and a calm end."""
+"""The progress of a run: a bar on a terminal, lines elsewhere; and a calm Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -40,7 +39,7 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._bar: Any = None
         self._spacing, self._told = max(1, steps // LINES), 0
-        self._start, self._begun = time.perf_counter(), 0
+        self._start = time.perf_counter()
 
     def __enter__(self) -> Self:
         self._start = time.perf_counter()
@@ -56,18 +55,6 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-
-    def earlier(self, losses: Sequence[float]) -> None:
-        """Take the losses of the steps that an earlier run has made; call it before `step`."""
-        for done, loss in enumerate(losses, 1):
-            self._losses.append(loss)
-            if done % self._every == 0 or done == self._steps:
-                self.history.append((done, sum(self._losses) / len(self._losses)))
-        self._begun = len(losses)
-        self._told = self._begun // self._spacing
-        if self._bar is not None:
-            self._bar.update(self._begun)
-            self._bar.unpause()
 
     def step(self, done: int, loss: torch.Tensor, lr: float) -> None:
         """Take the loss of a step; it is read, on every `every`-th step, not before."""
@@ -87,7 +74,7 @@ class Progress:
         if done != self._steps and done // self._spacing == self._told:
             return
         self._told = done // self._spacing
-        rate = (done - self._begun) / (time.perf_counter() - self._start)
+        rate = done / (time.perf_counter() - self._start)
         print(
             f"  step {done}/{self._steps}  loss {smoothed:.4f}  lr {lr:.2e}  "
             f"{rate:.2f} steps/s  peak {peak:.2f} GiB",
@@ -97,23 +84,14 @@ class Progress:
 
 
 class Interrupt:
-    """While entered, a first Ctrl-C or SIGTERM is only noted; a second one interrupts at once.
-
-    Attributes
-    ----------
-    asked : bool
-        Whether the run is to end after the step under way.
-    terminated : bool
-        Whether SIGTERM asked for it.
-    """
+    """While entered, the first Ctrl-C only sets `asked`; a second one interrupts at once."""
 
     def __init__(self) -> None:
-        self.asked = self.terminated = False
-        self._previous: dict[int, Any] = {}
+        self.asked = False
+        self._previous: Any = None
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
+        self._previous = signal.signal(signal.SIGINT, self._note)
         return self
 
     def __exit__(
@@ -122,14 +100,9 @@ class Interrupt:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, self._previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked, self.terminated = True, number == signal.SIGTERM
-        for each in self._previous:
-            signal.signal(each, signal.default_int_handler)
-        print(
-            "\nstopping when this step and the result are written; once more to stop at once",
-            file=sys.stderr,
-        )
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)

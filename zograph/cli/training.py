@@ -191,3 +191,76 @@ def show(when: str, scores: dict[str, Score]) -> None:
     """Print the scores of one moment."""
     for name, value in scores.items():
         print(f"{when:<8} {name.replace('_', '-'):<9} {value}", flush=True)
+
+
+def describe(
+    args: argparse.Namespace,
+    data: Dataset,
+    before: dict[str, Score],
+    after: dict[str, Score],
+    history: list[tuple[int, float]],
+) -> dict[str, Any]:
+    """Return what `zograph.json` says of a run."""
+    left_out = ("run", "command", "out", "overwrite", "draw")
+    settings = {k: v for k, v in vars(args).items() if k not in left_out}
+    return {
+        "zograph": zograph.__version__,
+        "settings": settings,
+        "classes": data.classes,
+        "split": data.split,
+        "before": {name: value.as_dict() for name, value in before.items()},
+        "after": {name: value.as_dict() for name, value in after.items()},
+        "loss": history,
+    }
+
+
+def save(
+    args: argparse.Namespace,
+    out: OutputFolder,
+    step: zograph.ZOStep,
+    loaded: Loaded,
+    sets: Sets,
+    record: dict[str, Any],
+) -> bool:
+    """Write the result, read it back, score it, and put the folder in its place.
+
+    Returns
+    -------
+    bool
+        Whether the model read back scores as the step did.
+    """
+    try:
+        step.save_pretrained(out.staging)
+        loaded.tokenizer.save_pretrained(out.staging)
+        storage = "host" if args.storage == "host" else "disk"
+        again = load(str(out.staging), args.task, record["classes"], storage=storage).model
+        device = step.options.device
+        held_out = in_order(sets.held_out, sets.pad, sets.limit, sets.size)
+        if storage == "host":
+            reloaded = score(again.to(device), held_out, device)
+        else:
+            choose_trainable(again, args.train)  # what is frozen is not fetched whole
+            with zograph.compile(again, memory=args.memory, device=device) as check:
+                reloaded = score(check.evaluate, held_out, device)
+        record["reloaded"] = {"held_out": reloaded.as_dict()}
+        text = json.dumps(record, indent=1) + "\n"
+        (out.staging / "zograph.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"--out {args.out}: cannot be written: {reason}") from error
+    out.commit()
+    last = record["after"]["held_out"]
+    expected = Score(last["loss"], last["accuracy"], last["count"])
+    good = reloaded.agrees(expected, SAME[args.compute_dtype])
+    print(f"saved    {args.out}")
+    print(f"reloaded held-out  {reloaded}", "" if good else "\n         NOT the score above")
+    return good
+
+
+def draw(step: zograph.ZOStep, path: Path) -> None:
+    """Draw the step's graph; a failure is told, the result stays."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"drawn    {step.draw(path)}")
+    except OSError as error:
+        print(f"drawn    not: {error}", file=sys.stderr)
