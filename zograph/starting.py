@@ -12,7 +12,7 @@ from zograph.options import Options
 from zograph.parameters import parameter_table
 from zograph.seedlog import Journal, LogFile, LogHeader
 from zograph.seedlog.identity import check, header_of
-from zograph.seedlog.journal import check_absent
+from zograph.seedlog.placing import check_absent
 from zograph.weights import Weights, open_weights
 
 

@@ -111,7 +111,7 @@ def read_log(path: str | Path, *, warn: bool = True) -> LogFile:
     StoreError
         If it cannot be read.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         data = path.read_bytes()
     except OSError as e:
@@ -133,7 +133,10 @@ def read_log(path: str | Path, *, warn: bool = True) -> LogFile:
 
 def _header(path: Path, data: bytes) -> tuple[LogHeader, int]:
     if not data.startswith(MAGIC) or len(data) < START.size:
-        raise LogError(f"{path} is no seed log of zograph, or is damaged at byte 0.")
+        raise LogError(
+            f"{path} is no seed log of zograph, or is damaged at byte 0. Check the path, or "
+            f"restore the log from a copy."
+        )
     version = START.unpack_from(data)[1]
     if version != VERSION:
         raise LogError(

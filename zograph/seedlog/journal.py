@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
-import tempfile
 import threading
 import weakref
 from array import array
@@ -15,6 +14,7 @@ from zograph.errors import StoreError
 from zograph.records import Outcome
 from zograph.seedlog.file import LogFile, read_log
 from zograph.seedlog.format import LogHeader, pack_record
+from zograph.seedlog.placing import place
 from zograph.stores.files import failure, write_range
 from zograph.stores.lock import FileLock
 
@@ -49,19 +49,32 @@ class Journal:
                 f"another run writes the log {self.path}. Wait until it has ended, or resume into "
                 f"a copy (log=).",
             )
-            self._fd = os.open(self.path, os.O_RDWR)
-            self._end = weakref.finalize(self, os.close, self._fd)
-            if os.fstat(self._fd).st_size != found.end + found.torn:
-                raise StoreError(
-                    f"the log {self.path} was written by another run meanwhile: try again."
-                )
-            if found.torn:
-                os.ftruncate(self._fd, self._size)
+            try:
+                self._fd = self._open(found.torn)
+            except BaseException:
+                self._lock.release()
+                raise
         except StoreError:
             raise
         except OSError as e:
             raise failure(e, f"the log {self.path} cannot be written") from e
+        self._end = weakref.finalize(self, os.close, self._fd)
         self._thread = ThreadPoolExecutor(1, "zograph-log")
+
+    def _open(self, torn: int) -> int:
+        """Open the file for writing, and cut its torn tail."""
+        fd = os.open(self.path, os.O_RDWR)
+        try:
+            if os.fstat(fd).st_size != self._size + torn:
+                raise StoreError(
+                    f"the log {self.path} was written by another run meanwhile: try again."
+                )
+            if torn:
+                os.ftruncate(fd, self._size)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     @staticmethod
     def create(path: Path, header: LogHeader, fsync_every: int) -> Journal:
@@ -72,7 +85,7 @@ class Journal:
         StoreError
             If there is such a file already, or it cannot be written.
         """
-        _place(path, header.pack())
+        place(path, header.pack())
         return Journal(read_log(path), fsync_every)
 
     @staticmethod
@@ -91,7 +104,7 @@ class Journal:
         """
         if path.absolute() == found.path.absolute():
             return Journal(found, fsync_every)
-        _place(path, found.path.read_bytes()[: found.end])
+        place(path, found.path.read_bytes()[: found.end])
         return Journal(read_log(path), fsync_every)
 
     def __len__(self) -> int:
@@ -104,9 +117,14 @@ class Journal:
         Raises
         ------
         StoreError
-            If the disk is full or fails. The log is as before, and the step can be run again.
+            If the disk is full or fails, or the log was closed. It is as before, and the step can
+            be run again.
         """
         with self._guard:
+            if not self._end.alive:
+                raise StoreError(
+                    f"the log {self.path} was closed. Go on with it in a new step (zograph.resume)."
+                )
             self._waiting.append(outcome)
             try:
                 self._append(wait=False)
@@ -123,9 +141,10 @@ class Journal:
             If the disk is full or fails.
         """
         with self._guard:
-            self._append(wait=True)
-            self._begin_flush()
-            self._await_flush()
+            if self._end.alive:
+                self._append(wait=True)
+                self._begin_flush()
+                self._await_flush()
 
     def lineage(self, version: int) -> int:
         """Return what stands for the first `version` steps; waits for a GPU's losses.
@@ -154,7 +173,7 @@ class Journal:
         """
         with self._guard:
             self._append(wait=True)
-            _place(path, self.path.read_bytes()[: self._size])
+            place(path, self.path.read_bytes()[: self._size])
 
     def close(self) -> None:
         """Flush what was written, and let go of the file; twice is fine."""
@@ -176,16 +195,20 @@ class Journal:
                 self._chain[-1],
                 skipped=outcome.record.skipped,
             )
+            due = 0 < self._every <= self._unflushed + 1
+            if due:  # before the record is there: a flush that failed leaves the step undone
+                self._await_flush()
             try:
                 write_range(self._fd, memoryview(record), self._size)
             except OSError as e:
-                os.ftruncate(self._fd, self._size)  # to make a file shorter takes no space
+                with contextlib.suppress(OSError):  # what is behind the end is a torn tail
+                    os.ftruncate(self._fd, self._size)  # to make a file shorter takes no space
                 raise failure(e, f"the log {self.path} cannot be written") from e
             self._waiting.pop(0)
             self._size += len(record)
             self._chain.append(lineage)
             self._unflushed += 1
-            if self._every and self._unflushed >= self._every:
+            if due:
                 self._begin_flush()
 
     def _begin_flush(self) -> None:
@@ -200,37 +223,3 @@ class Journal:
                 flush.result()
             except OSError as e:
                 raise failure(e, f"the log {self.path} cannot be flushed") from e
-
-
-def check_absent(path: Path) -> None:
-    """See that there is no such file.
-
-    Raises
-    ------
-    StoreError
-        If there is.
-    """
-    if path.exists():
-        raise StoreError(
-            errno.EEXIST,
-            f"{path} is there already. Go on with it (zograph.resume), name another file, or "
-            f"delete it.",
-        )
-
-
-def _place(path: Path, data: bytes) -> None:
-    """Write a new file, whole or not at all."""
-    check_absent(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with open(fd, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(name, path)
-        finally:
-            os.unlink(name)
-    except OSError as e:
-        raise failure(e, f"the log {path} cannot be made") from e

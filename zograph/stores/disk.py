@@ -194,7 +194,10 @@ class DiskStore(Store):
         """Open an earlier run's file and find the newest good value of every parameter."""
         found = extents.parse_file_header(self._first_page())
         if found is None:
-            raise StoreError(f"{self.path} is no work file of zograph, or its start is damaged.")
+            raise StoreError(
+                f"{self.path} is no work file of zograph, or its start is damaged. Delete it: what "
+                f"it held is made again from the base and the log."
+            )
         version, model = found
         if version != extents.VERSION or model != extents.fingerprint(self._table):
             raise StoreError(
