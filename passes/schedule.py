@@ -10,6 +10,7 @@ import networkx as nx
 from torch import fx
 
 from zograph import schedule as scheduling
+from zograph.elision import mean_terms
 from zograph.ir import Kind, info, meta, output
 from zograph.layout import Layout
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
@@ -99,7 +100,7 @@ class Tasks:
             return self.add_fetch(node, unit(stage), names, before)
         if node.target is FOLD:
             names = weight_names(node)
-            terms = self.directions * (1 + self.layout.fold_every) / 2
+            terms = mean_terms(self.directions, self.layout.fold_every)
             count = round(terms * sum(self.numel(n) for n in names))
             seconds = self.layout.spec.seconds((), fold=count)
             held = (unit(stage),) if unit(stage) in self.units else ()

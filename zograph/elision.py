@@ -13,12 +13,16 @@ WORTH = 0.98
 """A longer period must save two hundredths of the step at least."""
 
 
+def mean_terms(directions: int, period: int) -> float:
+    """Return how many pending terms a visit applies on average."""
+    return directions * (period + 1) / 2
+
+
 def choose_period(layout: Layout, params: Mapping[str, ParamInfo], directions: int) -> int:
     """Return the fold period with the shortest predicted step.
 
-    A longer period writes less and makes more noise: a visit applies the terms of
-    ``(period + 1) / 2`` steps on average. Where compute is what limits a step, or where nothing
-    is written, 1 is best.
+    A longer period writes less and makes more noise (:func:`mean_terms`). Where compute is what
+    limits a step, or where nothing is written, 1 is best.
 
     Parameters
     ----------
@@ -46,5 +50,5 @@ def step_seconds(
     transfer = max(read_bytes / reading, written_bytes / writing, together)
     trained = sum(p.bytes // p.dtype.itemsize for p in params.values() if p.trainable)
     compute = sum(spec.seconds(u.cost.work, noise=u.cost.noise) for u in layout.uses)
-    compute += trained * directions * (period + 1) / 2 / spec.fold
+    compute += trained * mean_terms(directions, period) / spec.fold
     return max(compute, transfer)

@@ -10,6 +10,7 @@ from torch import nn
 
 from zograph.options import Options
 from zograph.parameters import parameter_table
+from zograph.records import Outcome
 from zograph.seedlog import Journal, LogFile, LogHeader
 from zograph.seedlog.identity import check, header_of
 from zograph.seedlog.placing import check_absent
@@ -23,40 +24,64 @@ class RunLog:
     ----------
     path, header, fsync_every
         Of the log to begin.
-    journal
-        The log, if it is begun.
+    weights
+        Whose updates it tells.
     """
 
-    def __init__(
-        self, path: Path, header: LogHeader, fsync_every: int, journal: Journal | None = None
-    ) -> None:
+    def __init__(self, path: Path, header: LogHeader, fsync_every: int, weights: Weights) -> None:
         self.path, self.header, self.fsync_every = path, header, fsync_every
-        self._journal = journal
+        self.weights = weights
+        self.journal: Journal | None = None
+        """The file, once it is begun."""
 
-    def journal(self, weights: Weights) -> Journal:
-        """Return the log; begin it with what the weights' fold period has come to be.
+    def use(self, journal: Journal) -> None:
+        """Write into this file; stored values name it from now on."""
+        self.journal, self.weights.lineage = journal, journal.lineage
+
+    def begin(self) -> Journal:
+        """Make the file, with what the weights' fold period has come to be.
 
         Raises
         ------
         StoreError
             If it cannot be made.
         """
-        if self._journal is None:
-            header, period = self.header, weights.history.every
-            if header.options["fold_every"] == "auto":
-                header = dataclasses.replace(
-                    header,
-                    options=header.options | {"fold_every": period},
-                    decided={"fold_every": period},
-                )
-            self._journal = Journal.create(self.path, header, self.fsync_every)
-        weights.lineage = self._journal.lineage
-        return self._journal
+        header, period = self.header, self.weights.history.every
+        if header.options["fold_every"] == "auto":
+            options = header.options | {"fold_every": period}
+            header = dataclasses.replace(header, options=options, decided={"fold_every": period})
+        journal = Journal.create(self.path, header, self.fsync_every)
+        self.use(journal)
+        return journal
+
+    def add(self, outcome: Outcome) -> None:
+        """Append a step, as :meth:`Journal.add` does; the first one decides what was open."""
+        journal = self.begin() if self.journal is None else self.journal
+        journal.add(outcome)
+
+    def flush(self) -> None:
+        """Make what is there survive a loss of power."""
+        if self.journal is not None:
+            self.journal.flush()
+
+    def copy_to(self, path: Path) -> None:
+        """Write the log so far to another place.
+
+        Raises
+        ------
+        StoreError
+            As :meth:`Journal.copy_to` does.
+        RuntimeError
+            If it is not begun.
+        """
+        if self.journal is None:
+            raise RuntimeError("the log is empty: fold_every='auto' is decided by the first step")
+        self.journal.copy_to(path)
 
     def close(self) -> None:
         """Flush and let go; twice is fine."""
-        if self._journal is not None:
-            self._journal.close()
+        if self.journal is not None:
+            self.journal.close()
 
 
 def open_run(
@@ -82,39 +107,31 @@ def open_run(
     if options.log is None:
         return open_weights(model, table, options), None
     header = header_of(model, table, options, lr)
-    log = RunLog(options.log, header, options.fsync_every)
-    if logged is not None:
-        return go_on(model, options, logged, log)
-    check_absent(options.log)
-    weights = open_weights(model, table, options)
-    if options.fold_every != "auto":
-        try:
-            log.journal(weights)
-        except BaseException:
-            weights.store.close()
-            raise
-    return weights, log
-
-
-def go_on(
-    model: nn.Module, options: Options, logged: LogFile, log: RunLog
-) -> tuple[Weights, RunLog]:
-    """Open the weights as a log has left them, and the log to append to."""
-    table = parameter_table(model)
+    if logged is None:
+        check_absent(options.log)
+        weights = open_weights(model, table, options)
+        log = RunLog(options.log, header, options.fsync_every, weights)
+        if options.fold_every != "auto":
+            try:
+                log.begin()
+            except BaseException:
+                weights.store.close()
+                raise
+        return weights, log
     narrow = any(p.trainable and p.dtype.itemsize < 4 for p in table.values())
-    for difference in check(logged.path, logged.header, log.header, narrow=narrow):
+    for difference in check(logged.path, logged.header, header, narrow=narrow):
         warnings.warn(
             f"{logged.path}: {difference}: the last bits of losses may be others than if the run "
             f"had never ended.",
-            stacklevel=6,
+            stacklevel=5,
         )
-    journal = Journal.go_on(logged, log.path, log.fsync_every)
+    journal = Journal.go_on(logged, options.log, options.fsync_every)
     try:
         weights = open_weights(model, table, options, journal.belongs)
     except BaseException:
         journal.close()
         raise
     weights.history.restore(*logged.terms())
-    log = RunLog(log.path, logged.header, log.fsync_every, journal)
-    log.journal(weights)
+    log = RunLog(options.log, logged.header, options.fsync_every, weights)
+    log.use(journal)
     return weights, log

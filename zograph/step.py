@@ -238,7 +238,7 @@ class ZOStep:
         elif o.on_nan == "raise":
             self._unchecked.append(found)
         if self._log is not None:
-            self._log.journal(self._weights).add(found)
+            self._log.add(found)
         skipped = found.ready() and found.record.skipped
         self._weights.owe(Terms.of(()) if skipped else found.terms())
         self._outcome = found
@@ -292,7 +292,7 @@ class ZOStep:
         self._weights.settle()
         self._weights.show()
         if self._log is not None:
-            self._log.journal(self._weights).flush()
+            self._log.flush()
 
     def save(self, path: str | Path) -> None:
         """Write the seed log so far, whole or not at all.
@@ -302,11 +302,11 @@ class ZOStep:
         StoreError
             If there is such a file already, or it cannot be written.
         RuntimeError
-            If the step was compiled without `log`.
+            If the step was compiled without `log`, or with ``fold_every="auto"`` and has not run.
         """
         if self._log is None:
             raise RuntimeError("there is no log: pass log=path to zograph.compile")
-        self._log.journal(self._weights).copy_to(Path(path))
+        self._log.copy_to(Path(path))
 
     def close(self) -> None:
         """Give back threads, slots, the log and the work folder; twice is fine.

@@ -174,6 +174,8 @@ def test_idempotent() -> None:
     gm = outlined()
     assert_idempotent(Offload(), gm, context(gm, *RESIDENT))
     assert_idempotent(Offload(), outlined())
+    gm = outlined()
+    assert_idempotent(Offload(), gm, replace(context(gm, *RESIDENT), fold_every=3))
 
 
 def test_a_second_run_says_so() -> None:

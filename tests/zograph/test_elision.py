@@ -17,6 +17,7 @@ from zograph.errors import LogError, OptionError
 from zograph.ir import ParamInfo
 from zograph.layout import Layout, StageUse
 from zograph.meter import Cost
+from zograph.seedlog import read_log
 
 MIB = 1 << 20
 
@@ -87,12 +88,16 @@ def test_auto_is_decided_once_and_stands_in_the_log(
     step = zograph.compile(model(), fold_every="auto", log="run.zolog", **options)
     assert step.fold_every is None
     step.evaluate(**BATCH)
+    step.synchronize()
     assert step.fold_every is None
+    with pytest.raises(RuntimeError, match="the log is empty"):
+        step.save("copy.zolog")
     for _ in range(3):
         step(**BATCH)
     period = step.fold_every
     assert period is not None
     assert period > 1
+    assert read_log("run.zolog").header.options["fold_every"] == period
     step.close()
     monkeypatch.setattr(DeviceSpec, "measure", lambda *_, **__: fast)
     step = zograph.resume(model(), "run.zolog", fold_every="auto", **options)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from tests.passes.graphs import ready_for, two_blocks
-from tests.passes.test_offload import calls, context, freeze, offloaded, outlined
+from tests.passes.test_offload import calls, context, every_third, freeze, offloaded, outlined
 from zograph import ir, rules_transfers
 from zograph.errors import VerifyError
 from zograph.ir import annotate, info, meta
@@ -131,6 +131,23 @@ def a_second_fold() -> fx.GraphModule:
             point = ir.getitem(gm.graph, again, i)
         annotate(point, kind=ir.Kind.WEIGHT, name=meta(item).name)
         item.replace_all_uses_with(point, delete_user_cb=lambda u: u is not again)
+    return gm
+
+
+@breaks("folds", "expected: one fold of wte a step", "found:    a second one")
+def a_second_write_back_of_a_weight_that_is_written_every_third_step() -> fx.GraphModule:
+    gm = every_third(outlined())
+    (weight,) = items(calls(gm, FOLD)[-1])
+    assert meta(weight).name == "wte"
+    with gm.graph.inserting_after(weight):
+        ir.call(gm.graph, WRITEBACK, ([weight], 3), source="test", stage=4)
+    return gm
+
+
+@breaks("folds", "expected: a write-back of layers.0.w", "found:    none")
+def no_write_back_in_any_step() -> fx.GraphModule:
+    gm = every_third(outlined())
+    drop_write_back(gm, 2)
     return gm
 
 

@@ -40,6 +40,8 @@ class LogFile:
         direction, ``each`` with ``seed``, ``scale``, ``coef`` and ``losses``.
     start : int
         Bytes of the header.
+    head : int
+        The header's checksum, which the first record's follows.
     torn : int
         Bytes after the last whole record.
     """
@@ -48,6 +50,7 @@ class LogFile:
     header: LogHeader
     table: np.ndarray[Any, np.dtype[Any]]
     start: int
+    head: int
     torn: int
 
     def __len__(self) -> int:
@@ -60,8 +63,7 @@ class LogFile:
 
     def lineages(self) -> list[int]:
         """Return the header's checksum and then each record's."""
-        head = int.from_bytes(self.path.read_bytes()[self.start - 8 : self.start], "little")
-        return [head, *map(int, self.table["check"])]
+        return [self.head, *map(int, self.table["check"])]
 
     def lr(self) -> float:
         """Return the learning rate of the last step; of the first one, if there is none yet."""
@@ -118,7 +120,8 @@ def read_log(path: str | Path, *, warn: bool = True) -> LogFile:
         raise failure(e, f"the log {path} cannot be read") from e
     header, start = _header(path, data)
     dtype = record_dtype(header.directions)
-    whole = _whole_records(path, data, header, start)
+    head = checksum(data[: start - 8])
+    whole = _whole_records(path, data, header, start, head)
     table = np.frombuffer(data, dtype, count=whole, offset=start)
     torn = len(data) - start - table.nbytes
     if torn and warn:
@@ -128,7 +131,7 @@ def read_log(path: str | Path, *, warn: bool = True) -> LogFile:
             f"came after is run again.",
             stacklevel=2,
         )
-    return LogFile(path, header, table, start, torn)
+    return LogFile(path, header, table, start, head, torn)
 
 
 def _header(path: Path, data: bytes) -> tuple[LogHeader, int]:
@@ -152,7 +155,7 @@ def _header(path: Path, data: bytes) -> tuple[LogHeader, int]:
     return found
 
 
-def _whole_records(path: Path, data: bytes, header: LogHeader, start: int) -> int:
+def _whole_records(path: Path, data: bytes, header: LogHeader, start: int, lineage: int) -> int:
     """Count the records before the torn tail, if any.
 
     Raises
@@ -161,7 +164,7 @@ def _whole_records(path: Path, data: bytes, header: LogHeader, start: int) -> in
         If a damaged record has a whole one behind it.
     """
     size = record_size(header.directions)
-    view, lineage = memoryview(data), checksum(data[: start - 8])
+    view = memoryview(data)
     count = (len(data) - start) // size
     for i in range(count):
         found, stored = _record(view, start + i * size, size, lineage)

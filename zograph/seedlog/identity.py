@@ -123,8 +123,8 @@ def check(path: object, logged: LogHeader, now: LogHeader, *, narrow: bool) -> l
             raise LogError(
                 f"{path} was written with {name}={logged.engine[name]!r}, and {name}="
                 f"{now.engine[name]!r} computes other last bits: the run would not be the same. "
-                f"Give the same {name}; or write the weights so far with `zograph replay`, and "
-                f"start a new run from there."
+                f"Give the same {name}; or resume as it was, save the weights (save_pretrained), "
+                f"and start a new run from there."
             )
     return [
         f"{name} {logged.engine[name]} then, {now.engine[name]} now"

@@ -61,7 +61,8 @@ def test_flushes(path: Path, monkeypatch: pytest.MonkeyPatch, every: int, flushe
     monkeypatch.setattr(os, "fdatasync", counted)
     runs.take(step, range(6))
     assert step._log is not None
-    step._log.journal(step._weights)._await_flush()
+    assert step._log.journal is not None
+    step._log.journal._await_flush()
     assert count[0] == flushes
     step.close()
     assert count[0] == flushes + 1
