@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import signal
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.zograph.test_offload import compiled, same, train, usual, weights
-from zograph.engine.threads import Session
+from zograph.engine.threads import Board, Session
 from zograph.schedule import Schedule, Stream, Task, Unit, schedule
 from zograph.stores.host import HostStore
 
@@ -405,6 +406,28 @@ def test_ctrl_c_in_a_child_leaves_the_step_usable() -> None:
     assert child.returncode == 0, err
     assert out.startswith("same ")
     assert int(out.split()[1]) >= 1
+
+
+def test_ctrl_c_at_any_moment_leaves_the_board_free() -> None:
+    """An interruption that comes as the lock is taken must give it back."""
+    board, hits, end = Board(pipeline(1, 1)), 0, time.monotonic() + 2
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        while time.monotonic() < end:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, (20 + hits % 97) * 1e-6)
+                while True:
+                    board.issue({})
+                    board.wait({})
+            hits += 1
+            free = threading.Thread(target=board.issue, args=({},), daemon=True)
+            free.start()
+            free.join(5)
+            assert not free.is_alive()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert hits > 100
 
 
 LEAVING = """

@@ -109,18 +109,20 @@ class Board:
             self._waits[event.after].append((event.before, event.lag))
         self._failure: BaseException | None = None
         self._stopped = False
-        self._changed = threading.Condition()
+        # Ctrl-C inside Condition.__enter__, which is Python, would leave the lock taken for good.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     def issue(self, tasks: Mapping[Stream, list[tuple[str, Action]]]) -> None:
         """Add tasks to the queues."""
-        with self._changed:
+        with self._lock:
             for stream, wanted in tasks.items():
                 self._queues[stream].extend(wanted)
             self._changed.notify_all()
 
     def wait(self, counts: Mapping[str, int]) -> None:
         """Wait until tasks have ended so many times; raise what any task has raised."""
-        with self._changed:
+        with self._lock:
             while any(self._done[n] < k for n, k in counts.items()):
                 if self._failure is not None or self._stopped:
                     raise self._failure or RuntimeError("the session was closed")
@@ -130,7 +132,7 @@ class Board:
 
     def stop(self) -> None:
         """Run no further task."""
-        with self._changed:
+        with self._lock:
             self._stopped = True
             self._changed.notify_all()
 
@@ -141,7 +143,7 @@ class Board:
                 pass
 
     def _work_once(self, queue: deque[tuple[str, Action]]) -> bool:
-        with self._changed:
+        with self._lock:
             while not self._stopped and not (queue and self._due(queue[0][0])):
                 self._changed.wait()
             if self._stopped:
@@ -152,11 +154,11 @@ class Board:
             action()
             self.measured[name] = (start, time.perf_counter())
         except BaseException as error:  # noqa: BLE001  (raised again on the caller's thread)
-            with self._changed:
+            with self._lock:
                 self._failure = self._failure or error
             self.stop()
             return False
-        with self._changed:
+        with self._lock:
             self._done[name] += 1
             self._changed.notify_all()
         return True
