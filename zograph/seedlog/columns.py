@@ -55,8 +55,7 @@ def projected_grads(log: LogFile) -> Column:
 
 def skipped(log: LogFile) -> Column:
     """Return which steps moved nothing because a loss was not finite: bool [steps]."""
-    found: Column = (log.table["flags"] & SKIPPED) != 0
-    return found
+    return _skipped(log.table)
 
 
 def rows(log: LogFile) -> Iterator[tuple[str, ...]]:
@@ -68,11 +67,16 @@ def rows(log: LogFile) -> Iterator[tuple[str, ...]]:
     for start in range(0, len(log), _BLOCK):
         table = log.table[start : start + _BLOCK]
         each = table["each"].reshape(-1)
-        flags = skipped(log)[start : start + _BLOCK].astype(np.int64)
+        flags = _skipped(table).astype(np.int64)
         of_steps = (np.repeat(c, directions) for c in (table["step"], table["lr"], flags))
         of_directions = (each["seed"], each["scale"], each["coef"], *each["losses"].T)
         columns = (*of_steps, *of_directions, _grads(log, table).reshape(-1))
         yield from zip(*(c.astype(str).tolist() for c in columns), strict=True)
+
+
+def _skipped(table: Column) -> Column:
+    found: Column = (table["flags"] & SKIPPED) != 0
+    return found
 
 
 def _grads(log: LogFile, table: Column) -> Column:
