@@ -62,7 +62,6 @@ class Chunk(Pass):
     contract: ClassVar[Contract] = Contract(
         requires=frozenset({"normalized"}),
         provides=frozenset({"chunked"}),
-        forbids=frozenset({"partitioned"}),
         numerics="reassociates",
     )
 
