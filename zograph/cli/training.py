@@ -19,9 +19,10 @@ from zograph.cli.batches import Encoded, encode, in_order, length_limit, shuffle
 from zograph.cli.data import Dataset, labelled, load_tables, unlabelled
 from zograph.cli.inputs import InputError
 from zograph.cli.models import CLASSIFICATION, Loaded, choose_trainable, load, locate, own_classes
-from zograph.cli.output import OutputFolder, check_picture
+from zograph.cli.output import check_picture
 from zograph.cli.progress import Interrupt, Progress, peak_bytes
 from zograph.cli.scores import Run, Score, change, score
+from zograph.output import OutputFolder
 
 SAME = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """How far the loss of the reloaded float32 model may be from the step's, by compute dtype."""

@@ -282,17 +282,20 @@ template <bool N> void span(const Job& j, int64_t start, int64_t from, int64_t t
   }
 }
 
-// f(begin, end) over [0, n), in blocks of `grain` elements, on up to `threads` threads.
-template <class F> void parallel(int64_t n, int64_t grain, int threads, bool serial, F f) {
+// f(begin, end) over [0, n), in blocks of `grain` elements, on up to `threads` threads, which take
+// `chunk` blocks at a time.
+template <class F>
+void parallel(int64_t n, int64_t grain, int threads, bool serial, F f, int chunk = 8) {
   const int64_t blocks = (n + grain - 1) / grain;
   if (serial || threads < 2 || blocks < 2) { if (n > 0) f((int64_t)0, n); return; }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
   for (int64_t b = 0; b < blocks; b++) f(b * grain, std::min(n, (b + 1) * grain));
 }
 
 template <bool N>
 void fold(void* base, int type, int64_t n, const Terms& t, const uint8_t* ends, int threads) {
-  parallel(n, TILE, threads, n < SERIAL, [&](int64_t a, int64_t e) {
+  const int64_t terms = (int64_t)t.words.size();
+  parallel(n, TILE, threads, n * terms < SERIAL, [&](int64_t a, int64_t e) {
     alignas(64) float w[TILE];
     for (int64_t i = a; i < e;) {
       const int k = (int)std::min({e - i, TILE, room(i)});
@@ -301,7 +304,7 @@ void fold(void* base, int type, int64_t n, const Terms& t, const uint8_t* ends, 
       store(apply<N>(x, out, k, i, t, type, ends), k, base, type, i);
       i += k;
     }
-  });
+  }, terms < 8 ? 8 : 1);
 }
 
 template <bool N> void fill(void* out, int type, int64_t n, int64_t first, Words k, int threads) {
