@@ -10,6 +10,7 @@ from zograph.paper import plan
 from zograph.pipeline import Pipeline, default_passes
 from zograph.plans import Plan
 from zograph.records import Direction, StepRecord
+from zograph.replaying import replay
 from zograph.step import ZOStep
 
 __version__ = "0.1.0"
@@ -29,5 +30,6 @@ __all__ = [
     "noise",
     "passes",
     "plan",
+    "replay",
     "resume",
 ]

@@ -78,15 +78,11 @@ def save_streamed(
     OSError
         If the folder cannot be written.
     """
-    for parameter in model.parameters():
-        origin = origin_of(parameter)
-        if origin is not None and isinstance(origin.value, LazyTensor):
-            stored = origin.value.recipe.checkpoint
-            if getattr(stored, "path", Path()).resolve() == folder.resolve():
-                raise StoreError(
-                    f"{folder} is where the model's weights are read from, and these files are "
-                    f"never changed. Save into another folder."
-                )
+    if folder.resolve() in origins(model):
+        raise StoreError(
+            f"{folder} is where the model's weights are read from, and these files are never "
+            f"changed. Save into another folder."
+        )
     with _staged(folder) as staging:
         own = getattr(model, "save_pretrained", None)
         if callable(own):
@@ -96,6 +92,18 @@ def save_streamed(
         else:
             max_shard_bytes = float("inf")  # safetensors.torch.load_model reads one file
         _write_shards(_Values(model, read), staging, max_shard_bytes)
+
+
+def origins(model: nn.Module) -> set[Path]:
+    """Return the folders of checkpoints that a model's weights are read from."""
+    found = set()
+    for parameter in model.parameters():
+        origin = origin_of(parameter)
+        if origin is not None and isinstance(origin.value, LazyTensor):
+            path = getattr(origin.value.recipe.checkpoint, "path", None)
+            if path is not None:
+                found.add(path.resolve())
+    return found
 
 
 class LazyStateDict(Mapping[str, torch.Tensor]):

@@ -11,8 +11,8 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from zograph import ir, printer
+from zograph.fake_replay import difference
 from zograph.randomness import is_random
-from zograph.replay import difference
 from zograph.rules_step import branches, facts, hoisted, paired, stages
 from zograph.rules_transfers import folds, schedule, slots
 from zograph.verifier import Fault, Rule, Scope

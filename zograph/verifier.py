@@ -14,7 +14,7 @@ from torch import fx
 
 from zograph import ir, printer
 from zograph.errors import VerifyError
-from zograph.replay import Replay
+from zograph.fake_replay import Replay
 
 
 @dataclass(frozen=True)

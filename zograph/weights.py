@@ -260,22 +260,10 @@ class Weights:
 
     def fold(self, name: str, weight: torch.Tensor, version: int) -> int:
         """Apply to a weight of a version, in place, what it still owes; return its new version."""
-        param = self.table[name]
-        owed = self.history.since(version, param.key)
+        owed = self.history.since(version, self.table[name].key)
         if owed is None:
             return version
-        terms, ends = owed
-        fold_(
-            weight,
-            terms.seeds,
-            terms.coefs,
-            terms.scales,
-            param.key,
-            first=param.first,
-            distribution=self.distribution,
-            decay=param.decay,
-            ends=ends if param.dtype.itemsize < 4 else None,
-        )
+        fold_terms(weight, self.table[name], *owed, self.distribution)
         return self.history.newest
 
     def fold_resident(self, name: str) -> None:
@@ -360,6 +348,27 @@ def open_weights(
             setattr(module, name, buffer.to(options.device))
     period = options.fold_every if isinstance(options.fold_every, int) else 1
     return Weights(model, table, options.distribution, store, options.device, period)
+
+
+def fold_terms(
+    weight: torch.Tensor,
+    param: ParamInfo,
+    terms: Terms,
+    ends: torch.Tensor | None,
+    distribution: str,
+) -> None:
+    """Apply terms to a weight in place; a narrow one is rounded at `ends` and behind the last."""
+    fold_(
+        weight,
+        terms.seeds,
+        terms.coefs,
+        terms.scales,
+        param.key,
+        first=param.first,
+        distribution=distribution,
+        decay=param.decay,
+        ends=ends if param.dtype.itemsize < 4 else None,
+    )
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

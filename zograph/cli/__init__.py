@@ -12,11 +12,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from zograph.cli import bench, doctor, draw, finetune, log, plan
+from zograph.cli import bench, doctor, draw, finetune, log, plan, replay
 from zograph.errors import ZographError
 
 #: The subcommands, in the order in which ``--help`` lists them; a new one is added here.
-COMMANDS = (finetune, log, draw, plan, bench, doctor)
+COMMANDS = (finetune, log, replay, draw, plan, bench, doctor)
 
 USER_ERROR = 2
 """Exit code when an input is at fault; nothing was written."""

@@ -13,9 +13,9 @@ from zograph.cli.batches import in_order
 from zograph.cli.data import Dataset
 from zograph.cli.inputs import InputError
 from zograph.cli.models import Loaded, choose_trainable, load
-from zograph.cli.output import OutputFolder
 from zograph.cli.scores import Score, score
 from zograph.cli.sets import Sets
+from zograph.output import OutputFolder
 
 SAME = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """How far the loss of the reloaded float32 model may be from the step's, by compute dtype."""

@@ -18,7 +18,7 @@ import zograph
 from zograph.cli.batches import shuffled
 from zograph.cli.data import Dataset, labelled, load_tables, unlabelled
 from zograph.cli.models import CLASSIFICATION, choose_trainable, load, locate, own_classes
-from zograph.cli.output import OutputFolder, check_picture
+from zograph.cli.output import check_picture
 from zograph.cli.progress import Interrupt, Progress, peak_bytes
 from zograph.cli.result import describe, draw, save
 from zograph.cli.resuming import (
@@ -31,6 +31,7 @@ from zograph.cli.resuming import (
 )
 from zograph.cli.scores import Score, change
 from zograph.cli.sets import Sets, make_sets
+from zograph.output import OutputFolder
 from zograph.seedlog import LogFile, read_log
 from zograph.seedlog.columns import mean_losses
 

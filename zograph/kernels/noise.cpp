@@ -2,7 +2,11 @@
 //
 // Floating point: -ffp-contract=off and no fast-math, every + - * rounded on its own to float32.
 // A tile is at most TILE elements and never crosses a 2^32 boundary of the element index, so the
-// high index word is a constant of the tile.
+// high index word is a constant of the tile.  Vectors are the compiler's own (vector_size), of the
+// widest kind that the flags allow; the few intrinsics have a plain form beside them.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -12,13 +16,7 @@ namespace {
 
 constexpr int64_t TILE = 4096;
 constexpr int64_t SERIAL = 32768;  // below this many elements a parallel region costs more
-#if defined(__clang__)
-#define NO_ALIAS _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define NO_ALIAS _Pragma("GCC ivdep")
-#endif
 #define INLINE inline __attribute__((always_inline))
-constexpr int64_t BLOCK = 128;   // elements between two rounds of fetching ahead
 constexpr int64_t AHEAD = 2048;  // bytes fetched ahead
 enum DType { F32 = 0, BF16 = 1, F16 = 2 };
 
@@ -42,30 +40,95 @@ Words stream_words(int64_t seed, int64_t key) {
 inline uint32_t bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
 inline float real(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
 
-// One tile's view of a stream: the words with the high index word already mixed in.
+// ---- vectors: a group at a time, so that the chains of several registers overlap --------------
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int REGISTERS = LANES == 16 ? 4 : 2;  // AVX-512 has 32 of them, the others 16
+constexpr int GROUP = LANES * REGISTERS;
+#define EACH _Pragma("GCC unroll 4") for (int r = 0; r < REGISTERS; r++)
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef float F __attribute__((vector_size(4 * LANES)));
+struct Group { F v[REGISTERS]; };
+
+INLINE F load(const float* p) { F f; std::memcpy(&f, p, sizeof f); return f; }
+INLINE void store(float* p, F f) { std::memcpy(p, &f, sizeof f); }
+
+INLINE U xor3(U a, U b, U c) {
+#if defined(__AVX512F__)
+  return (U)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
+#endif
+}
+
+// sum + the two halves of each lane of x, as signed 16-bit integers.
+INLINE I add_halves(I sum, U x) {
+#if defined(__AVX512VNNI__)
+  return (I)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, _mm512_set1_epi16(1));
+#elif defined(__AVX512BW__)
+  return sum + (I)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return sum + (I)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1));
+#else
+  return sum + ((I)(x << 16) >> 16) + ((I)x >> 16);
+#endif
+}
+
+// A stream from the element index `start` on, as far as the high index word stays the same.
 struct Stream {
-  uint32_t lo, k0, k1h, k2, k3h, k1;
+  uint32_t lo, k0, k1, k1h, k2, k3h;
+  int skew;  // of `start` in its group
+  alignas(64) uint32_t lanes[GROUP];
   Stream(Words k, int64_t start) {
     uint32_t hi = (uint32_t)(start >> 32) * 0x9E3779B1u; hi ^= hi >> 16;
-    lo = (uint32_t)start; k0 = k.k0; k1 = k.k1; k2 = k.k2;
+    skew = (int)(start & (GROUP - 1));
+    lo = (uint32_t)start - skew; k0 = k.k0 & ~(uint32_t)(GROUP - 1); k1 = k.k1; k2 = k.k2;
     k1h = k.k1 ^ hi; k3h = k.k3 + hi;
+    for (uint32_t i = 0; i < GROUP; i++) lanes[i] = (i ^ (k.k0 & (GROUP - 1))) * 0x9E3779B1u;
   }
-  template <bool NORMAL> inline float at(uint32_t i) const {
-    uint32_t x = ((lo + i) ^ k0) * 0x9E3779B1u; x ^= x >> 16;
-    x = (x + k1h) * 0x85EBCA6Bu; x ^= x >> 15;
-    x *= 0xC2B2AE35u; x ^= x >> 16;
-    uint32_t y = (x + k2) * 0x7FEB352Du; y ^= y >> 15;
-    y = (y ^ k3h) * 0x846CA68Bu; y ^= y >> 16;
-    if (!NORMAL) return real(0x3F800000u | (y & 0x80000000u));
-    uint32_t v = (y + k1) * 0x31848BABu; v ^= v >> 14;
-    v = (v ^ x) * 0x2C1B3C6Du; v ^= v >> 17;
-    const uint32_t s = (x & 0xffff) + (x >> 16) + (y & 0xffff) + (y >> 16) + (v & 0xffff) + (v >> 16);
-    const float t = (float)((int32_t)s - 196605) * 2.15791860e-05f, q = t * t;
-    float p = q * 3.57058025e-06f;
-    p = (p + -3.05405629e-05f) * q;
-    p = (p + 3.96967982e-04f) * q;
-    p = (p + 7.32545182e-03f) * q;
-    return (p + 0.974835217f) * t;
+  // The values of group g.  Its start is a multiple of GROUP, so (lo + i) ^ k0 is a sum of what
+  // the group and what the lane decides, and the first product is a sum of two as well.
+  template <bool NORMAL> INLINE Group at(int g) const {
+    const uint32_t first = ((lo + (uint32_t)g * GROUP) ^ k0) * 0x9E3779B1u;
+    const U half = U{} + 0x80008000u;  // makes two unsigned 16-bit integers signed ones
+    U x[REGISTERS], y[REGISTERS], v[REGISTERS];
+    I s[REGISTERS];
+    F t[REGISTERS], q[REGISTERS], p[REGISTERS];
+    Group out;
+    EACH { std::memcpy(&x[r], lanes + LANES * r, sizeof(U)); x[r] += first; }
+    EACH x[r] ^= x[r] >> 16;
+    EACH x[r] = (x[r] + k1h) * 0x85EBCA6Bu;
+    EACH x[r] ^= x[r] >> 15;
+    EACH x[r] *= 0xC2B2AE35u;
+    EACH y[r] = x[r] >> 16;
+    if (NORMAL) EACH s[r] = add_halves(I{} + (6 * 32768 - 196605), xor3(x[r], y[r], half));
+    EACH x[r] ^= y[r];
+    EACH y[r] = (x[r] + k2) * 0x7FEB352Du;
+    EACH y[r] = xor3(y[r], y[r] >> 15, U{} + k3h) * 0x846CA68Bu;
+    EACH v[r] = y[r] >> 16;
+    if (!NORMAL) {
+      EACH out.v[r] = (F)(((y[r] ^ v[r]) & 0x80000000u) | 0x3F800000u);
+      return out;
+    }
+    EACH s[r] = add_halves(s[r], xor3(y[r], v[r], half));
+    EACH y[r] ^= v[r];
+    EACH v[r] = (y[r] + k1) * 0x31848BABu;
+    EACH v[r] = xor3(v[r], v[r] >> 14, x[r]) * 0x2C1B3C6Du;
+    EACH s[r] = add_halves(s[r], xor3(v[r], v[r] >> 17, half));
+    EACH t[r] = __builtin_convertvector(s[r], F) * 2.15791860e-05f;
+    EACH q[r] = t[r] * t[r];
+    EACH p[r] = q[r] * 3.57058025e-06f;
+    EACH p[r] = (p[r] + -3.05405629e-05f) * q[r];
+    EACH p[r] = (p[r] + 3.96967982e-04f) * q[r];
+    EACH p[r] = (p[r] + 7.32545182e-03f) * q[r];
+    EACH out.v[r] = (p[r] + 0.974835217f) * t[r];
+    return out;
   }
 };
 
@@ -116,36 +179,47 @@ struct Terms {
   }
 };
 
-// body(i) for i in [0, n); meanwhile the lines AHEAD bytes further on are fetched of x, to be read,
-// and of y and z, to be written (null: none).  The hardware's own prefetching stops at every page,
-// and there memory would wait for arithmetic.  Fetching past an array's end does nothing.
-template <class F>
-INLINE void sweep(int n, const float* x, const float* y, const float* z, F body) {
-  auto line = [](const float* p, int at) { return (const char*)((uintptr_t)(p + at) + AHEAD); };
-  int i = 0;
-  for (; i + BLOCK <= n; i += BLOCK) {
-    for (int u = i; u < i + BLOCK; u += 16) {
-      __builtin_prefetch(line(x, u), 0);
-      if (y) __builtin_prefetch(line(y, u), 1);
-      if (z) __builtin_prefetch(line(z, u), 1);
+// body(noise, x, y, z) for every group of the n elements from the stream's start on; a part of a
+// group is made whole in buffers.  Meanwhile the lines AHEAD bytes further on are fetched of x, to
+// be read, and of y and z, to be written (null: none).  The hardware's own prefetching stops at
+// every page, and there memory would wait for arithmetic.  Fetching past an array's end does
+// nothing.
+template <bool N, class B>
+INLINE void sweep(int n, const Stream& s, const float* x, float* y, float* z, B body) {
+  auto line = [](const float* p) { return (const char*)((uintptr_t)p + AHEAD); };
+  int g = 0, i = -s.skew;  // the group, and where it starts
+  auto part = [&] {
+    alignas(64) float a[3][GROUP] = {};
+    const int from = std::max(i, 0), count = std::min(i + GROUP, n) - from, at = from - i;
+    if (x) std::memcpy(a[0] + at, x + from, 4 * count);
+    body(s.at<N>(g), a[0], a[1], a[2]);
+    std::memcpy(y + from, a[1] + at, 4 * count);
+    if (z) std::memcpy(z + from, a[2] + at, 4 * count);
+    g++; i += GROUP;
+  };
+  if (i < 0) part();
+  for (; i + GROUP <= n; i += GROUP, g++) {
+    for (int u = i; u < i + GROUP; u += 16) {
+      if (x) __builtin_prefetch(line(x + u), 0);
+      if (y != x) __builtin_prefetch(line(y + u), 1);
+      if (z) __builtin_prefetch(line(z + u), 1);
     }
-    NO_ALIAS
-    for (int u = i; u < i + BLOCK; u++) body(u);
+    body(s.at<N>(g), x + i, y + i, z + i);
   }
-  NO_ALIAS
-  for (; i < n; i++) body(i);
+  if (i < n) part();
 }
 
 template <bool N> void term(const float* w, float* out, int n, const Stream& s, float c) {
-  sweep(n, w, out, nullptr, [&](int i) {
-    const float d = c * s.at<N>(i);
-    out[i] = w[i] + d;
+  sweep<N>(n, s, w, out, nullptr, [=](const Group& z, const float* w, float* out, float*) {
+    EACH { const F d = c * z.v[r]; store(out + LANES * r, load(w + LANES * r) + d); }
   });
 }
 template <bool N> void term(const float* w, float* out, int n, const Stream& s, float c, float f) {
-  sweep(n, w, out, nullptr, [&](int i) {
-    const float d = c * s.at<N>(i), a = f * w[i];
-    out[i] = a + d;
+  sweep<N>(n, s, w, out, nullptr, [=](const Group& z, const float* w, float* out, float*) {
+    EACH {
+      const F d = c * z.v[r], a = f * load(w + LANES * r);
+      store(out + LANES * r, a + d);
+    }
   });
 }
 
@@ -171,15 +245,17 @@ const float* apply(const float* w, float* out, int n, int64_t start, const Terms
 
 template <bool N>
 void both(const float* w, float* p, float* m, int n, const Stream& s, float eps) {
-  sweep(n, w, p, m, [&](int i) {
-    const float d = eps * s.at<N>(i), a = w[i];
-    p[i] = a + d; m[i] = a - d;
+  sweep<N>(n, s, w, p, m, [=](const Group& z, const float* w, float* p, float* m) {
+    EACH {
+      const F d = eps * z.v[r], a = load(w + LANES * r);
+      store(p + LANES * r, a + d);
+      store(m + LANES * r, a - d);
+    }
   });
 }
 template <bool N> void minus(const float* w, float* m, int n, const Stream& s, float eps) {
-  sweep(n, w, m, nullptr, [&](int i) {
-    const float d = eps * s.at<N>(i);
-    m[i] = w[i] - d;
+  sweep<N>(n, s, w, m, nullptr, [=](const Group& z, const float* w, float* m, float*) {
+    EACH { const F d = eps * z.v[r]; store(m + LANES * r, load(w + LANES * r) - d); }
   });
 }
 
@@ -206,18 +282,21 @@ template <bool N> void span(const Job& j, int64_t start, int64_t from, int64_t t
   }
 }
 
-// f(begin, end) over [0, n), in blocks of `grain` elements, on up to `threads` threads.
-template <class F> void parallel(int64_t n, int64_t grain, int threads, bool serial, F f) {
+// f(begin, end) over [0, n), in blocks of `grain` elements, on up to `threads` threads, which take
+// `chunk` blocks at a time.
+template <class F>
+void parallel(int64_t n, int64_t grain, int threads, bool serial, F f, int chunk = 8) {
   const int64_t blocks = (n + grain - 1) / grain;
   if (serial || threads < 2 || blocks < 2) { if (n > 0) f((int64_t)0, n); return; }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
   for (int64_t b = 0; b < blocks; b++) f(b * grain, std::min(n, (b + 1) * grain));
 }
 
 template <bool N>
 void fold(void* base, int type, int64_t n, int64_t first, const Terms& t, const uint8_t* ends,
           int threads) {
-  parallel(n, TILE, threads, n < SERIAL, [&](int64_t a, int64_t e) {
+  const int64_t terms = (int64_t)t.words.size();
+  parallel(n, TILE, threads, n * terms < SERIAL, [&](int64_t a, int64_t e) {
     alignas(64) float w[TILE];
     for (int64_t i = a; i < e;) {
       const int k = (int)std::min({e - i, TILE, room(first + i)});
@@ -226,7 +305,7 @@ void fold(void* base, int type, int64_t n, int64_t first, const Terms& t, const 
       store(apply<N>(x, out, k, first + i, t, type, ends), k, base, type, i);
       i += k;
     }
-  });
+  }, terms < 8 ? 8 : 1);
 }
 
 template <bool N> void fill(void* out, int type, int64_t n, int64_t first, Words k, int threads) {
@@ -236,8 +315,11 @@ template <bool N> void fill(void* out, int type, int64_t n, int64_t first, Words
       const int64_t at = first + i;
       const int c = (int)std::min({e - i, TILE, room(at)});
       const Stream s(k, at);
-      for (int u = 0; u < c; u++) w[u] = s.at<N>(u);
-      store(w, c, out, type, i);
+      float* z = type == F32 ? (float*)out + i : w;
+      sweep<N>(c, s, nullptr, z, nullptr, [](const Group& z, const float*, float* out, float*) {
+        EACH store(out + LANES * r, z.v[r]);
+      });
+      store(z, c, out, type, i);
       i += c;
     }
   });

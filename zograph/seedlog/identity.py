@@ -45,11 +45,8 @@ def header_of(
     """
     from zograph import __version__
 
-    trained = "\n".join(n for n, p in table.items() if p.trainable)
     return LogHeader(
-        model=fingerprint(table).hex(),
-        base=base_digest(model, table),
-        trained=hashlib.blake2b(trained.encode(), digest_size=16).hexdigest(),
+        **start_of(model, table),
         options={name: plain(getattr(options, name)) for name in NUMERIC},
         engine={
             "device": options.device.type,
@@ -57,10 +54,26 @@ def header_of(
             "threads": torch.get_num_threads(),
             "torch": torch.__version__.partition("+")[0],
         },
-        noise=NOISE_VERSION,
         lr=lr,
         zograph=__version__,
     )
+
+
+def start_of(model: nn.Module, table: Mapping[str, ParamInfo]) -> dict[str, Any]:
+    """Return the fields of a header that say where a run starts.
+
+    Raises
+    ------
+    StoreError
+        If a weight cannot be read.
+    """
+    trained = "\n".join(n for n, p in table.items() if p.trainable)
+    return {
+        "model": fingerprint(table).hex(),
+        "base": base_digest(model, table),
+        "trained": hashlib.blake2b(trained.encode(), digest_size=16).hexdigest(),
+        "noise": NOISE_VERSION,
+    }
 
 
 def base_digest(model: nn.Module, table: Mapping[str, ParamInfo]) -> str:
@@ -153,7 +166,8 @@ def check_base(path: object, logged: LogHeader, now: LogHeader) -> None:
         )
     if now.trained != logged.trained:
         raise LogError(
-            f"{path} is of a run that trained other parameters. Set requires_grad as it was then."
+            f"{path} is of a run that trained other parameters. Set requires_grad as it was "
+            f"then (zograph replay: --train)."
         )
     if now.base != logged.base:
         raise LogError(

@@ -13,8 +13,8 @@ import torch
 
 from zograph.cli import main
 from zograph.cli.batches import IGNORED, Encoded, collate, in_order, padded_length, shuffled
-from zograph.cli.output import OutputFolder
 from zograph.cli.scores import Score, change, score
+from zograph.output import OutputFolder
 
 CLASSIFY = ["--task", "sequence-classification"]
 QUICK = [
