@@ -26,6 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
+from zograph.formats import Format
+
 if TYPE_CHECKING:
     from zograph.layout import Layout
     from zograph.schedule import Schedule
@@ -80,6 +82,8 @@ class ParamInfo:
     """Whether weight decay applies to it."""
     key: int
     """The noise key of the name: signed 64 bits."""
+    format: Format | None = None
+    """What it is stored and moved in; None: its own dtype."""
 
     @property
     def bytes(self) -> int:
@@ -88,6 +92,13 @@ class ParamInfo:
         for size in self.shape:
             numel *= size
         return numel * self.dtype.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the stored base in bytes: what transfers move."""
+        if self.format is None:
+            return self.bytes
+        return self.format.nbytes(self.bytes // self.dtype.itemsize)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from zograph.formats import with_format
 from zograph.options import Options
 from zograph.parameters import parameter_table
 from zograph.records import Outcome
@@ -103,10 +104,11 @@ def open_run(
     StoreError
         If the log or the work folder cannot be used.
     """
-    table = parameter_table(model)
+    given = parameter_table(model)
+    table = with_format(given, options.transfer_dtype)
     if options.log is None:
         return open_weights(model, table, options), None
-    header = header_of(model, table, options, lr)
+    header = header_of(model, given, options, lr)
     if logged is None:
         check_absent(options.log)
         weights = open_weights(model, table, options)
@@ -118,7 +120,7 @@ def open_run(
                 weights.store.close()
                 raise
         return weights, log
-    narrow = any(p.trainable and p.dtype.itemsize < 4 for p in table.values())
+    narrow = any(p.trainable and (p.dtype.itemsize < 4 or p.format) for p in table.values())
     for difference in check(logged.path, logged.header, header, narrow=narrow):
         warnings.warn(
             f"{logged.path}: {difference}: the last bits of losses may be others than if the run "
