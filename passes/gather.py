@@ -32,7 +32,8 @@ class Gather(Pass):
     Requires: ``outlined``. Ensures: fact ``gathered``; where the context says that weights are
     streamed and rows can be read, no stage takes a frozen table of which it only looks up rows
     that an input or an earlier stage names. A trainable table is updated whole, so it is fetched
-    whole; so is one that is stored in a format, whose rows may share a scale. Numerics: bitwise. Cost: reads rows instead of a table. Raises: nothing.
+    whole; so is one that is stored in a format, whose rows may share a scale. Numerics: bitwise.
+    Cost: reads rows instead of a table. Raises: nothing.
     """
 
     name: ClassVar[str] = "gather"

@@ -105,8 +105,8 @@ class Tasks:
             terms = mean_terms(self.directions, self.layout.fold_every)
             count = round(terms * sum(self.numel(n) for n in names))
             seconds = self.layout.spec.seconds((), fold=count)
-            held = (unit(stage),) if unit(stage) in self.units else ()
-            return self.task(node, f"fold {stage}", Stream.COMPUTE, seconds, before, writes=held)
+            slot = (unit(stage),) if unit(stage) in self.units else ()
+            return self.task(node, f"fold {stage}", Stream.COMPUTE, seconds, before, writes=slot)
         if node.target is DECODE:
             return self.add_decode(node, before)
         if node.target is ENCODE:
@@ -134,7 +134,9 @@ class Tasks:
         seconds += self.layout.spec.seconds((moved,), fold=round(terms * self.numel(name)))
         held = (unit(stage),) if unit(stage) in self.units else ()
         fields = {"fills": own, "reads": held}
-        return self.task(self.nodes.get(task, node), task, Stream.COMPUTE, seconds, before, **fields)
+        return self.task(
+            self.nodes.get(task, node), task, Stream.COMPUTE, seconds, before, **fields
+        )
 
     def add_encode(self, node: fx.Node, before: tuple[str, ...]) -> tuple[str, ...]:
         """Add a weight to what a stage encodes, into its slot or where the weight stands."""
@@ -145,7 +147,9 @@ class Tasks:
         seconds += self.layout.spec.seconds((moved,)) / self.layout.fold_every
         held = (unit(stage),) if unit(stage) in self.units else ()
         fields = {"writes": held, "reads": (decoded(stage),)}
-        return self.task(self.nodes.get(task, node), task, Stream.COMPUTE, seconds, before, **fields)
+        return self.task(
+            self.nodes.get(task, node), task, Stream.COMPUTE, seconds, before, **fields
+        )
 
     def fetch_at_once(
         self, node: fx.Node, name: str, cells: tuple[str, ...], before: tuple[str, ...]
@@ -220,7 +224,7 @@ class Tasks:
         return self.params[name].bytes // self.params[name].dtype.itemsize
 
 
-def decoded(stage: int | None) -> str:
+def decoded(stage: int | str | None) -> str:
     """Name the memory of what a stage decodes."""
     return f"{stage} decoded"
 

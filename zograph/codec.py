@@ -27,7 +27,7 @@ from zograph.kernels import Terms, codec, tiles
 from zograph.noise import Words, stream_words
 
 SALT = 0x5DEECE66D1CE4E5B - (1 << 63)
-"""Added by exclusive or to a seed, it gives the seed of the rounding: no step has a negative one."""
+"""Exclusive or with a seed gives the seed of the rounding: no step has a negative one."""
 
 NOTHING: Terms = (
     torch.zeros(0, dtype=torch.int64),

@@ -122,9 +122,7 @@ class Candidate:
         if request.fold_every == 1:
             return []
         table = info(self.gm).params.items()
-        return [
-            n for n, p in table if p.trainable and p.dtype.itemsize < 4 and p.format is None
-        ]
+        return [n for n, p in table if p.trainable and p.dtype.itemsize < 4 and p.format is None]
 
     def roomy(self, budget: int) -> bool:
         """Return whether all weights fit, or those of two stages in a row."""

@@ -304,12 +304,13 @@ class Runner:
 
     def _code(self, kind: str, slot: str) -> None:
         """Decode or encode a stage's weights."""
-        where = self.slots
         for name in self.program.moved[f"{kind} {slot}"]:
-            if kind == "decode":
-                _ = where.decode(slot, name) if where else self.weights.decode_resident(name)
+            if self.slots is not None:
+                getattr(self.slots, kind)(slot, name)
+            elif kind == "decode":
+                self.weights.decode_resident(name)
             else:
-                _ = where.encode(slot, name) if where else self.weights.encode_resident(name)
+                self.weights.encode_resident(name)
         self.weights.leave(self.program.last.get(f"{kind} {slot}", ()))
 
     def _rows(self, name: str, index: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
-"""The ops that move weights: `zograph::gather`, `fetch`, `wait`, `fold`, `writeback` and `release`,
-and, where weights are stored in a format, `decode` and `encode`.
+"""The ops that move weights: `zograph::gather`, `fetch`, `wait`, `fold`, `writeback`, `release`.
+
+Where weights are stored in a format, `decode` and `encode` are others.
 
 In a graph they are functional: what an op changes it returns, so every effect is an edge, and a
 graph can be run as it stands to see what it means. The runtime does not call them: it turns each

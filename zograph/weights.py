@@ -76,7 +76,7 @@ class Weights:
         for name in (*table, *(n for n, _ in model.named_buffers(remove_duplicate=False))):
             self._owner[name] = owner_of(model, name)
         self.visiting: dict[str, torch.Tensor] = {}
-        """Folded copies of weights on the device whose base must not be rounded yet or is encoded."""
+        """Folded copies of weights on the device whose base is encoded or not to be rounded yet."""
         self.shown: dict[str, torch.Tensor] = {}
         """Bases of weights whose newest value is shown in the model meanwhile."""
         self.history = History(fold_every)

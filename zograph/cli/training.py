@@ -156,6 +156,9 @@ def compile_step(args: argparse.Namespace, model: Any) -> zograph.ZOStep:
         backend=args.backend,
         memory=args.memory,
         storage=args.storage,
+        transfer_dtype=args.transfer_dtype,
+        rounding=args.rounding,
+        fold_every=args.fold_every,
     )
 
 
