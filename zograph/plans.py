@@ -26,8 +26,8 @@ class Plan:
     host_bytes
         Host memory beside the device: the stored weights, or buffers on the way to a disk.
     disk_bytes
-        The work file's two copies of every weight that is trainable or has a format; 0 where weights
-        stay in memory.
+        The work file's two copies of each weight that is trainable or has a format; 0 where
+        weights stay in memory.
     step_seconds
         From step to step, in the steady state.
     overlap

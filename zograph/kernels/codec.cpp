@@ -163,8 +163,8 @@ inline float scale_of(float most, int type) {
   return real(type == F32 ? bits(s) & ~0x7fu : (bits(s) + 0x7fffffu) & 0x7f800000u);
 }
 inline float value_of(float q, float s, int type) {
-  const float v = q * s;
-  return type == F16 ? std::min(std::max(v, -65504.0f), 65504.0f) : v;
+  const float v = q * s, most = type == F32 ? FLT_MAX : type == F16 ? 65504.0f : 0x1.fep127f;
+  return std::min(std::max(v, -most), most);  // 64 times a power of two may be beyond
 }
 // Rounds a block in place; keeps its integers and its scale where they are wanted.
 template <bool S>
