@@ -10,7 +10,8 @@ ties to even.
 **int8.** A block of 128 consecutive elements, the last perhaps shorter, has the scale
 ``s = max|w| / 127``, and an element is ``q s`` with q in -127..127. Of a float32 (or float64)
 weight, s is cut to 17 significant bits, so that ``127 s`` is exact; of a 16-bit one it is the next
-power of two (and an element at most the largest number of its dtype). A block with s below 2^-100 (float16: 2^-24) is zero.
+power of two, and elements are at most the largest number of its dtype. A block with s below 2^-100
+(float16: 2^-24) is zero.
 
 **Stochastic rounding** takes the upper neighbour with the probability of the distance from the
 lower one. Its random bits are a function of the seed of the last term before it, the parameter's

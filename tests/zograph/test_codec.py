@@ -122,10 +122,6 @@ def test_int8_has_a_scale_for_each_block() -> None:
     assert bool((torch.frexp(codec.parts(half, form, 1000)[0])[0].abs() <= 0.5).all())
 
 
-ERRORS = {"bfloat16": 2**-9, "float16": 2**-12, "float8_e4m3fn": 2**-5, "float8_e5m2": 2**-4}
-"""The largest relative error of a normal number, rounded to nearest, with what docs say: / 2."""
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_documented_error_of_a_weight(name: str) -> None:
     form = FORMATS[name]

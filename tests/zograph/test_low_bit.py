@@ -9,26 +9,32 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_model
 from torch import nn
 
 import zograph
+from tests.conftest import SPEC
 from tests.zograph.seedlog import runs
 from tests.zograph.test_offload import SERIAL, Outcome, compiled, train, usual
 from zograph.errors import LogError, ModelError, OptionError
 from zograph.formats import BLOCK, FORMATS
-from zograph.schedule import Stream
+from zograph.seedlog.identity import NUMERIC
 from zograph.stores.extents import fingerprint
-from zograph.viz.dot import source
 
 RHYTHM: dict[str, Any] = {"evaluate": lambda i: i % 5 == 3, "synchronize": lambda i: i == 4}
 RUNS = [
     ("float32", "bfloat16", 1, "nearest"),
-    ("float32", "float16", 3, "stochastic"),
-    ("float32", "float8_e4m3fn", 3, "nearest"),
-    ("float32", "int8", 1, "stochastic"),
-    ("float32", "int8", 3, "nearest"),
-    ("bfloat16", "float8_e5m2", 3, "stochastic"),
-    ("bfloat16", "int8", 1, "nearest"),
+    ("float32", "int8", 3, "stochastic"),
+    *(
+        pytest.param(*run, marks=pytest.mark.slow)
+        for run in (
+            ("float32", "float16", 3, "stochastic"),
+            ("float32", "float8_e4m3fn", 3, "nearest"),
+            ("float32", "int8", 1, "nearest"),
+            ("bfloat16", "float8_e5m2", 3, "stochastic"),
+            ("bfloat16", "int8", 1, "nearest"),
+        )
+    ),
 ]
 
 
@@ -56,9 +62,7 @@ def test_where_weights_live_changes_no_bit(
     expected, _, _ = run()
     found, least, resident = run(memory="minimum")
     assert (found == expected, resident) == (True, 0)
-    found, _, resident = run(memory=int(least * 1.15), storage="disk")
-    assert found == expected
-    assert 0 < resident < 12 or base == "bfloat16"
+    assert run(memory=int(least * 1.15), storage="disk")[0] == expected
     for ways in (
         {"memory": "minimum", "storage": "disk", "passes": SERIAL},
         {"storage": "disk"},
@@ -70,16 +74,25 @@ def test_where_weights_live_changes_no_bit(
     assert same == (rounding == "nearest")
 
 
+def square(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = model(x).square().mean()
+    return loss
+
+
+def eight_layers(**options: Any) -> zograph.ZOStep:
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
+    return zograph.compile(model, loss_fn=square, device="cpu", backend="eager", **options)
+
+
 def test_resident_weights_are_held_encoded() -> None:
     """Of one budget, a narrower format leaves more weights on the device."""
-    stay = []
-    budget = None
+    stay, x = [], torch.ones(2, 256)
     for dtype in (None, "bfloat16", "int8"):
-        step = compiled("toy", transfer_dtype=dtype, memory=budget or "minimum")
-        step.prepare(**usual("toy")(0)[0])
-        budget = budget or int(step.plan.device_bytes * 1.3)
-        stay.append(step.plan.bytes_moved.get("to_device", 0))
-    assert stay[0] > stay[1] > stay[2]
+        step = eight_layers(transfer_dtype=dtype, memory=1_500_000)
+        step.prepare(x=x)
+        assert step.plan.device_bytes <= 1_500_000
+        stay.append(step.plan.resident)
+    assert stay[0] < stay[1] < stay[2] <= 8
 
 
 def test_several_directions_and_batches_over_a_table_that_is_tied() -> None:
@@ -91,42 +104,35 @@ def test_several_directions_and_batches_over_a_table_that_is_tied() -> None:
     assert train(step, batches, 5) == expected
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
-def test_bytes_fall_by_the_width_of_the_format(dtype: str, tmp_path: Path) -> None:
-    """What is counted is what the plan says: elements narrower, and the scales."""
-    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))
-    numel, form = 256 * 256, FORMATS[dtype]
-    expected = numel * form.dtype.itemsize + (4 * numel // BLOCK if form.scaled else 0)
-
-    def measured(storage: str, **options: Any) -> dict[str, int]:
-        step = zograph.compile(
-            model, loss_fn=lambda m, x: m(x).square().mean(), memory="minimum", device="cpu",
-            storage=storage, backend="eager", **options,
-        )  # fmt: skip
-        step(x=torch.ones(2, 256))
+def moved_in_a_step(storage: str, dtype: str | None) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the bytes of a later step, counted and planned."""
+    step = eight_layers(memory="minimum", storage=storage, transfer_dtype=dtype)
+    counts = []
+    for _ in range(3):
         step(x=torch.ones(2, 256))
         assert step._running is not None
         step._running.drain()
-        before = dict(step._running.slots.moved_bytes)
-        step(x=torch.ones(2, 256))
-        step._running.drain()
-        after = step._running.slots.moved_bytes
-        found = {str(s): after[s] - before[s] for s in after if after[s] != before[s]}
-        assert found == step.plan.bytes_moved
-        step.close()
-        return found
+        assert step._running.slots is not None
+        counts.append(dict(step._running.slots.moved_bytes))
+    planned = step.plan.bytes_moved
+    step.close()
+    return {str(s): n - counts[1][s] for s, n in counts[2].items() if n}, planned
 
-    full = measured("host")
-    assert full == {Stream.TO_DEVICE: 4 * 4 * numel, Stream.TO_HOST: 4 * 4 * numel}
-    for storage, ways in (("host", ("to_device", "to_host")), ("disk", ("read", "write"))):
-        found = measured(storage, transfer_dtype=dtype)
-        if storage == "disk":  # whole pages, and a page that says what is in them
-            pages = -(-expected // 4096) * 4096
-            assert found["read"] == 4 * pages
-            continue
-        assert found == dict.fromkeys(ways, 4 * expected)
-    ratio = full[Stream.TO_DEVICE] / (4 * expected)
-    assert ratio == pytest.approx({2: 2.0, 1: 4.0}[form.dtype.itemsize] / (1 + form.scaled / 32))
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_bytes_fall_by_the_width_of_the_format(dtype: str) -> None:
+    numel, form = 8 * 256 * 256, FORMATS[dtype]
+    expected = numel * form.dtype.itemsize + (4 * numel // BLOCK if form.scaled else 0)
+    full, _ = moved_in_a_step("host", None)
+    found, planned = moved_in_a_step("host", dtype)
+    assert full == {"to_device": 4 * numel, "to_host": 4 * numel}
+    assert found == planned == {"to_device": expected, "to_host": expected}
+    factor = {2: 2.0, 1: 4.0}[form.dtype.itemsize] / (132 / 128 if form.scaled else 1)
+    assert full["to_device"] / expected == pytest.approx(factor)
+    found, planned = moved_in_a_step("disk", dtype)
+    assert planned == {"read": expected, "write": expected}
+    assert 0 <= found["read"] - expected < 8 * 4096  # whole pages
+    assert 8 * 4096 <= found["write"] - expected < 16 * 4096  # and a page of header
 
 
 def distance(step: zograph.ZOStep, start: dict[str, torch.Tensor]) -> float:
@@ -145,7 +151,7 @@ def test_small_updates_live_in_the_log_between_folds() -> None:
         runs.take(step, range(15))
         return distance(step, start), step
 
-    lr = {"lr": 1e-5}
+    lr = {"lr": 3e-8}
     cast, _ = run(**lr)
     assert cast == 0.0
     put_off, step = run(**lr, fold_every=16)
@@ -157,13 +163,13 @@ def test_small_updates_live_in_the_log_between_folds() -> None:
     runs.take(exact, range(15))
     close = zip(runs.values(exact).values(), runs.values(step).values(), strict=True)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in close)
-    moved, _ = run(**lr, rounding="stochastic")
+    moved, _ = run(lr=1e-6, rounding="stochastic")
     assert moved > 0.0
 
 
 BUDGET = {
-    "bfloat16": 2**-9, "float16": 2**-12, "float8_e4m3fn": 2**-5, "float8_e5m2": 2**-4,
-    "int8": 2**-7,
+    "bfloat16": 2**-11, "float16": 2**-14, "float8_e4m3fn": 2**-7, "float8_e5m2": 2**-6,
+    "int8": 2**-10,
 }  # fmt: skip
 """What docs/numerics.md says: relative change of the loss of the first step."""
 
@@ -205,7 +211,7 @@ def test_a_resumed_run_has_the_same_bits(dtype: str, period: int, tmp_path: Path
     assert all(torch.equal(one[n], two[n]) for n in two)
     step.close()
     for other in ({"transfer_dtype": None}, {"transfer_dtype": "float16"}, {"fold_every": 2}):
-        with pytest.raises((LogError, OptionError), match="written with|transfer_dtype"):
+        with pytest.raises((LogError, OptionError), match=r"written with|transfer_dtype"):
             runs.resume("run.zolog", **other)
     with pytest.raises(LogError, match="written with rounding='stochastic'"):
         runs.resume("run.zolog", rounding="nearest")
@@ -216,9 +222,7 @@ def test_a_log_without_formats_refuses_one(monkeypatch: pytest.MonkeyPatch) -> N
     runs.start(log="run.zolog").close()
     with pytest.raises(LogError, match="written with transfer_dtype=None"):
         runs.resume("run.zolog", transfer_dtype="bfloat16")
-    names = tuple(
-        n for n in zograph.seedlog.identity.NUMERIC if n not in ("transfer_dtype", "rounding")
-    )
+    names = tuple(n for n in NUMERIC if n not in ("transfer_dtype", "rounding"))
     with monkeypatch.context() as patch:
         patch.setattr("zograph.seedlog.identity.NUMERIC", names)
         runs.start(log="old.zolog").close()
@@ -246,8 +250,7 @@ def test_the_model_shows_decoded_values() -> None:
     assert torch.equal(plain.evaluate(**usual("toy")(0)[0])["logits"], logits)
     step.save_pretrained("out")
     saved = compiled("toy").model
-    zograph_loaded = __import__("safetensors.torch", fromlist=["load_model"])
-    zograph_loaded.load_model(saved, "out/model.safetensors")
+    load_model(saved, "out/model.safetensors")
     assert all(torch.equal(p, found[n]) for n, p in saved.named_parameters())
 
 
@@ -256,10 +259,13 @@ def test_outliers_are_told_once_and_nan_is_refused() -> None:
     with torch.no_grad():
         model[2].weight[0, :3] = 1e6
     options: dict[str, Any] = runs.OPTIONS | {"loss_fn": runs.loss}
-    with pytest.warns(UserWarning, match="3 elements of 1 weights .* 3, in '2.weight'") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         step = zograph.compile(model, transfer_dtype="float16", fold_every=2, **options)
         runs.take(step, range(3))
-    assert sum("beyond the range" in str(w.message) for w in caught) == 1
+    (told,) = (str(w.message) for w in caught if "beyond the range" in str(w.message))
+    assert told.startswith("3 elements of 1 weights")
+    assert "the most, 3, in '2.weight'" in told
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         zograph.compile(runs.model(), transfer_dtype="float16", **options)
@@ -293,12 +299,10 @@ def test_a_picture_shows_both_ways() -> None:
     text = str(step.draw("step.dot").read_text())
     assert "decode" in text
     assert "encode" in text
-    assert source is not None
 
 
+@pytest.mark.slow
 def test_a_plan_on_paper_counts_stored_bytes() -> None:
-    from tests.conftest import SPEC
-
     tokens = usual("opt")(0)[0]
     model = compiled("opt").model
     plans = [
