@@ -227,7 +227,9 @@ class ZOStep:
             self._running.drain()
             self._running.close()
         self._running = runner
-        return runner.run(frames)
+        found = runner.run(frames)
+        self._weights.clipped.check()
+        return found
 
     def _finish(self, seeds: Sequence[int], losses: torch.Tensor) -> torch.Tensor:
         """Turn the losses into pending terms and a record."""
@@ -291,6 +293,7 @@ class ZOStep:
         self._check_losses(wait=True)
         self._weights.settle()
         self._weights.show()
+        self._weights.clipped.check(wait=True)
         if self._log is not None:
             self._log.flush()
 
