@@ -18,7 +18,8 @@ class Clipped:
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
         """Elements that were set to the largest number of the format, by parameter."""
-        self._open: list[tuple[str, Tensor]] = []
+        self._open: dict[str, Tensor] = {}
+        """What is not read yet, by parameter."""
         self._said = False
 
     def add(self, name: str, counts: Tensor) -> None:
@@ -29,7 +30,8 @@ class Clipped:
         ModelError
             If the weight has NaNs; on a GPU :meth:`check` raises it.
         """
-        self._open.append((name, counts))
+        before = self._open.get(name)
+        self._open[name] = counts if before is None else before + counts
         if counts.device.type == "cpu":
             self._count()
 
@@ -61,7 +63,7 @@ class Clipped:
 
     def _count(self) -> None:
         while self._open:
-            name, counts = self._open.pop()
+            name, counts = self._open.popitem()
             clipped, nan = counts.tolist()
             if nan:
                 raise ModelError(

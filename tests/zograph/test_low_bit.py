@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import zograph
 from tests.conftest import SPEC
 from tests.zograph.seedlog import runs
 from tests.zograph.test_offload import SERIAL, Outcome, compiled, train, usual
+from zograph.device import DeviceSpec
 from zograph.errors import LogError, ModelError, OptionError
 from zograph.formats import BLOCK, FORMATS
+from zograph.kernels import codec as kernel
 from zograph.seedlog.identity import NUMERIC
+from zograph.slots import DeviceSlots, Slots, StagedSlots
 from zograph.stores.extents import fingerprint
 
 RHYTHM: dict[str, Any] = {"evaluate": lambda i: i % 5 == 3, "synchronize": lambda i: i == 4}
@@ -72,6 +76,38 @@ def test_where_weights_live_changes_no_bit(
     other = compiled("toy", getattr(torch, base), **options | {"rounding": "nearest"})
     same = train(other, usual("toy"), 7, **RHYTHM) == expected
     assert same == (rounding == "nearest")
+
+
+class Cudart:
+    """Pins nothing."""
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("storage", ["host", "disk"])
+def test_the_slots_of_a_gpu(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU: copies between slots, pinned buffers and the disk; the definition's engine."""
+    options: dict[str, Any] = {"transfer_dtype": "int8", "rounding": "stochastic", "fold_every": 2}
+    expected = train(compiled("toy", **options), usual("toy"), 5, **RHYTHM)
+    made: list[Slots] = []
+
+    def open_slots(*args: Any) -> Slots:
+        on_disk = storage == "disk"
+        made.append(StagedSlots(*args, cudart=Cudart()) if on_disk else DeviceSlots(*args))
+        return made[-1]
+
+    spec = replace(SPEC, kind="cuda")
+    monkeypatch.setattr(DeviceSpec, "measure", classmethod(lambda *_, **__: spec))
+    monkeypatch.setattr("zograph.runtime.open_slots", open_slots)
+    monkeypatch.setattr(kernel, "serves", lambda weight: False)
+    step = compiled("toy", memory="minimum", storage=storage, **options)
+    assert train(step, usual("toy"), 5, **RHYTHM) == expected
+    assert made
+    step.close()
 
 
 def square(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
