@@ -1,10 +1,11 @@
 """The passes, in the order in which they run.
 
-normalize -> partition -> hoist -> dual_perturbation -> materialize -> outline -> gather ->
-offload -> schedule -> lower
+normalize -> chunk -> partition -> hoist -> dual_perturbation -> materialize -> outline ->
+gather -> offload -> schedule -> lower
 """
 
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
+from zograph.passes.chunk import Chunk
 from zograph.passes.dual_perturbation import DualPerturbation
 from zograph.passes.gather import Gather
 from zograph.passes.hoist import Hoist
@@ -17,6 +18,7 @@ from zograph.passes.partition import Partition
 from zograph.passes.schedule import Schedule
 
 __all__ = [
+    "Chunk",
     "Contract",
     "DualPerturbation",
     "Gather",

@@ -52,9 +52,9 @@ class DualPerturbation(Pass):
     that they do not need remains; hoisted nodes are shared; no node of one branch uses one
     of the other; a weight is perturbed once per stage and branch, right before its use. New
     inputs: ``seed``, ``eps``, the pending terms ``seeds``, ``coefs``, ``scales`` of length
-    `terms`, and per stage a table ``keys.N`` of noise keys, so that equal stages stay equal.
-    Numerics: changes. Cost: O(nodes); twice the activations. Raises: PassError if the loss
-    depends on no trainable weight. Reference: Malladi et al. 2023 (MeZO), algorithm 1.
+    `terms`, and per stage a table ``keys.N`` of noise keys and first indices, so that equal
+    stages stay equal. Numerics: changes. Cost: O(nodes); twice the activations. Raises: PassError
+    if the loss depends on no trainable weight. Reference: Malladi et al. 2023 (MeZO), algorithm 1.
     """
 
     terms: int = 0
@@ -143,7 +143,7 @@ class Branches:
                     names = used.setdefault(int(meta(node).stage or 0), {})
                     names[self.trainable[weight].name] = None  # type: ignore[index]
         for stage, names in sorted(used.items()):
-            self.keys[stage] = self.noise_input(f"keys.{stage}", torch.int64, (len(names),))
+            self.keys[stage] = self.noise_input(f"keys.{stage}", torch.int64, (len(names), 2))
             info(self.gm).keys[stage] = tuple(names)
 
     def copy(self, node: fx.Node, branch: Branch, casts: set[fx.Node]) -> fx.Node:

@@ -10,6 +10,7 @@ from torch import fx
 
 from zograph.ir import KEY, Kind, call, info, meta
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
+from zograph.pieces import pieces_of
 from zograph.transfers import GATHER
 
 EMBEDDING = torch.ops.aten.embedding.default
@@ -26,13 +27,13 @@ class Gather(Pass):
 
     After::
 
-        %gather: f32[s0, s1, 8] = zograph.gather(%wte, %ids)     # stage=1
+        %gather: f32[s0, s1, 8] = zograph.gather([%wte], %ids)   # stage=1
         %stage: (f32[s0, s1, 8],) = body0(%gather)               # stage=1
 
     Requires: ``outlined``. Ensures: fact ``gathered``; where the context says that weights are
     streamed and rows can be read, no stage takes a frozen table of which it only looks up rows
-    that an input or an earlier stage names. A trainable table is updated whole, so it is fetched
-    whole. Numerics: bitwise. Cost: reads rows instead of a table. Raises: nothing.
+    that an input or an earlier stage names, in pieces or not. A trainable table is updated whole,
+    so it is fetched whole. Numerics: bitwise. Cost: reads rows instead of a table. Raises: nothing.
     """
 
     name: ClassVar[str] = "gather"
@@ -58,16 +59,16 @@ def gather_in(gm: fx.GraphModule, name: str, calls: list[fx.Node]) -> int:
     assert isinstance(body, fx.GraphModule)
     inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
     place = {n: i for i, n in enumerate(inputs)}
-    dropped: set[int] = set()
     found = 0
-    for table in place:
-        frozen = all(is_frozen(gm, c.args[place[table]]) for c in calls)
+    for table in dict.fromkeys(n.args[0] for n in body.graph.nodes if n.target is EMBEDDING):
+        parts = pieces_of(table) or [table]
         lookups = list(table.users)
-        if not frozen or not lookups or not all(is_lookup(n, table, place) for n in lookups):
+        stored = all(p in place and all(is_frozen(gm, c.args[place[p]]) for c in calls)
+                     for p in parts)  # fmt: skip
+        if not stored or not all(is_lookup(n, table, place) for n in lookups):
             continue
-        indices = [n.all_input_nodes[1] for n in lookups]
-        for index in dict.fromkeys(indices):
-            same = [n for n, i in zip(lookups, indices, strict=True) if i is index]
+        for index in dict.fromkeys(n.args[1] for n in lookups):
+            same = [n for n in lookups if n.args[1] is index]
             with body.graph.inserting_after(inputs[-1]):
                 rows = body.graph.placeholder(f"rows_{found}")
             rows.meta = {"val": same[0].meta["val"], KEY: meta(same[0])}
@@ -76,10 +77,11 @@ def gather_in(gm: fx.GraphModule, name: str, calls: list[fx.Node]) -> int:
                 node.replace_all_uses_with(rows)
                 body.graph.erase_node(node)
             for stage in calls:
-                add_gather(gm, stage, place[table], place[index])
+                add_gather(gm, stage, [place[p] for p in parts], place[index])
             found += 1
-        dropped |= {place[table], *(place[i] for i in indices)}
-    dropped = {i for i in dropped if not inputs[i].users}
+        if table not in place:
+            body.graph.erase_node(table)
+    dropped = {i for n, i in place.items() if not n.users} if found else set()
     for i in dropped:
         body.graph.erase_node(inputs[i])
     for stage in calls if dropped else ():
@@ -100,13 +102,13 @@ def is_lookup(node: fx.Node, table: fx.Node, place: dict[fx.Node, int]) -> bool:
     return node.target is EMBEDDING and node.args[0] is table and node.args[1] in place
 
 
-def add_gather(gm: fx.GraphModule, stage: fx.Node, table: int, index: int) -> None:
+def add_gather(gm: fx.GraphModule, stage: fx.Node, parts: list[int], index: int) -> None:
     """Look the rows up ahead of a stage and add them to its arguments."""
     with gm.graph.inserting_before(stage):
         rows = call(
             gm.graph,
             GATHER,
-            (stage.args[table], stage.args[index]),
+            ([stage.args[i] for i in parts], stage.args[index]),
             source=f"gather<{stage.name}",
             stage=meta(stage).stage,
             hoisted=meta(stage).hoisted,

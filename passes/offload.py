@@ -186,7 +186,7 @@ class Writer:
         wanted = f"keys.{stage}"
         if stage not in tables:
             tables[stage] = tuple(names)
-            return self.noise_input(wanted, torch.int64, len(names)), list(range(len(names)))
+            return self.noise_input(wanted, torch.int64, len(names), 2), list(range(len(names)))
         (node,) = (n for n in find(self.gm, Kind.NOISE) if meta(n).name == wanted)
         return node, [tables[stage].index(n) for n in names]
 
@@ -197,7 +197,7 @@ class Writer:
             self.pending = [self.noise_input(name, dtype, count) for name, dtype in PENDING]
         return self.pending
 
-    def noise_input(self, name: str, dtype: torch.dtype, count: int) -> fx.Node:
+    def noise_input(self, name: str, dtype: torch.dtype, *shape: int) -> fx.Node:
         with fake_mode(self.gm):
-            val = torch.empty((count,), dtype=dtype, device=self.device)
+            val = torch.empty(shape, dtype=dtype, device=self.device)
         return placeholder(self.gm, name, val, kind=Kind.NOISE, source="offload")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,17 @@ import networkx as nx
 import torch
 from torch import fx
 
-from zograph.ir import Kind, annotate, depends_on, info, is_shape, meta, op_name, placeholders
+from zograph.ir import (
+    Kind,
+    ParamInfo,
+    annotate,
+    depends_on,
+    info,
+    is_shape,
+    meta,
+    op_name,
+    placeholders,
+)
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
 
 FIRST = 1
@@ -38,9 +48,9 @@ class Partition(Pass):
     A block is a child of a list of modules, two of which are of one class with submodules
     and weights (found from the module stack that export records at every call). Where the
     outermost such list holds no two blocks of equal structure but a list inside does, the
-    inner one is taken. What stands between blocks gets stages of its own. Where the context
-    sets a `cut`, stages are cut further between operators, so that the weights of one stage
-    take at most that many bytes, or those of a single operator.
+    inner one is taken. What stands between blocks gets stages of its own, and so does each piece
+    of a large table. Where the context sets a `cut`, stages are cut further between operators, so
+    that the weights of one stage take at most that many bytes, or those of a single operator.
 
     Requires: ``normalized``. Ensures: fact ``partitioned``; stage numbers grow along every
     edge (cycles between blocks are merged by networkx condensation); nodes stand in stage
@@ -60,8 +70,7 @@ class Partition(Pass):
         weighted = depends_on(placeholders(gm, Kind.PARAMETER))
         labels = label_blocks([n for n in nodes if n in weighted])
         stage_of, names = number_stages(nodes, labels)
-        if ctx.cut is not None:
-            stage_of, names = cut_stages(nodes, stage_of, names, ctx.cut)
+        stage_of, names = cut_stages(nodes, stage_of, names, ctx.cut, info(gm).params)
         glue = glue_nodes(nodes)
         for node in nodes:
             annotate(node, stage=None if node in glue else stage_of[node])
@@ -197,9 +206,16 @@ def number_stages(
 
 
 def cut_stages(
-    nodes: list[fx.Node], stage_of: dict[fx.Node, int], names: dict[int, str], cut: int
+    nodes: list[fx.Node],
+    stage_of: dict[fx.Node, int],
+    names: dict[int, str],
+    cut: int | None,
+    params: Mapping[str, ParamInfo],
 ) -> tuple[dict[fx.Node, int], dict[int, str]]:
-    """Cut stages into parts whose weights take at most `cut` bytes, or serve one operator."""
+    """Cut stages into parts whose weights take at most `cut` bytes, or serve one operator.
+
+    Without a `cut`, only the pieces of tables are cut from each other.
+    """
     alone = weight_only(nodes)
     parts: dict[int, list[list[fx.Node]]] = {}
     for stage in names:
@@ -209,8 +225,7 @@ def cut_stages(
             if stage_of[node] != stage or node in alone:
                 continue
             weights = weights_of(node, alone)
-            total = sum((held | weights).values())
-            if held and weights.keys() - held.keys() and total > cut:
+            if held and is_cut(held, weights, cut, params):
                 parts[stage].append([])
                 held = {}
             held |= weights
@@ -227,6 +242,23 @@ def cut_stages(
             users = [cut_stage[u] for u in node.users if u in cut_stage]
             cut_stage[node] = min(users, default=number - 1)
     return cut_stage, cut_names
+
+
+def is_cut(
+    held: dict[fx.Node, int],
+    weights: dict[fx.Node, int],
+    cut: int | None,
+    params: Mapping[str, ParamInfo],
+) -> bool:
+    """Whether an operator's weights go into another part than those that are held."""
+
+    def in_pieces(nodes: Iterable[fx.Node]) -> bool:
+        return any(params[str(meta(n).name)].of is not None for n in nodes)
+
+    new = weights.keys() - held.keys()
+    if cut is not None and new and sum((held | weights).values()) > cut:
+        return True
+    return in_pieces(new) and in_pieces(held)
 
 
 def weights_of(node: fx.Node, alone: set[fx.Node]) -> dict[fx.Node, int]:

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from zograph.errors import CaptureError
 from zograph.ir import KEY, GraphInfo, Kind, NodeMeta, fake_mode, info, placeholders
 from zograph.parameters import parameter_table
+from zograph.pieces import enter_in_pieces
 from zograph.signature import Signature
 
 LossFn = Callable[..., Any]
@@ -329,6 +330,7 @@ def _finish(
     _restore_base(gm, base)
     gm.meta[KEY] = GraphInfo(params=parameter_table(model), has_loss=traced.want_loss)
     _record_outputs(info(gm), traced)
+    enter_in_pieces(gm)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     symbols = _symbols(gm, sig)

@@ -17,7 +17,6 @@ from safetensors.torch import save_model
 from torch import nn
 
 from zograph.errors import ModelError, StoreError
-from zograph.ir import ParamInfo
 from zograph.stores.checkpoint import INDEX, SINGLE
 from zograph.stores.files import bytes_of, write_range
 from zograph.stores.header import CODES, Entry, build_header
@@ -52,7 +51,6 @@ def save_streamed(
     model: nn.Module,
     read: Read,
     folder: Path,
-    table: Mapping[str, ParamInfo],
     max_shard_bytes: float = 5e9,
 ) -> None:
     """Write a model whose weights are not in memory, one tensor after the other.
@@ -68,8 +66,6 @@ def save_streamed(
         Gives a parameter by name.
     folder
         Written as a whole or left as it was; weight files of an earlier save are removed.
-    table
-        The model's parameters.
     max_shard_bytes
         Size of a file's tensors from which on another file is begun.
 
@@ -95,7 +91,7 @@ def save_streamed(
                 path.unlink()
         else:
             max_shard_bytes = float("inf")  # safetensors.torch.load_model reads one file
-        _write_shards(_Values(model, read, table), staging, max_shard_bytes)
+        _write_shards(_Values(model, read), staging, max_shard_bytes)
 
 
 def origins(model: nn.Module) -> set[Path]:
@@ -158,15 +154,16 @@ def state_names(model: nn.Module) -> dict[str, str | None]:
 class _Values:
     """A model's values as something to read lazily; the parameter read last is held."""
 
-    def __init__(self, model: nn.Module, read: Read, table: Mapping[str, ParamInfo]) -> None:
+    def __init__(self, model: nn.Module, read: Read) -> None:
         self._read, self._held, self._tensor = read, "", torch.empty(0)
         self.model = model
         self.buffers = dict(model.named_buffers(remove_duplicate=False))
         self.entries: dict[str, Entry] = {}
         self._names = state_names(model)
+        parameters = dict(model.named_parameters())
         for key in kept_keys(model, self._names):
             name = self._names[key]
-            of = self.buffers[key] if name is None else table[name]
+            of = self.buffers[key] if name is None else parameters[name]
             shape = tuple(of.shape)
             nbytes = torch.Size(shape).numel() * of.dtype.itemsize
             self.entries[key] = Entry(key, of.dtype, shape, 0, nbytes)

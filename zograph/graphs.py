@@ -267,9 +267,10 @@ class Graphs:
 
 
 def key_tables(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
-    """Return the int64 noise keys of each stage's parameters, by input name."""
-    record = info(gm)
-    return {
-        f"keys.{stage}": torch.tensor([record.params[n].key for n in names], dtype=torch.int64)
-        for stage, names in record.keys.items()
-    }
+    """Return each stage's table of noise keys, by input name.
+
+    int64 [parameters, 2]: the key, and the index of the first element (not 0 for a piece).
+    """
+    params, tables = info(gm).params, info(gm).keys.items()
+    rows = {stage: [(params[n].key, params[n].first) for n in names] for stage, names in tables}
+    return {f"keys.{stage}": torch.tensor(table) for stage, table in rows.items()}

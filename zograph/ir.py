@@ -14,6 +14,7 @@ these records and never the names of nodes.
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,7 +71,7 @@ class NodeMeta:
 
 @dataclass(frozen=True, slots=True)
 class ParamInfo:
-    """One tensor that `model.named_parameters()` lists, under its first name."""
+    """One tensor that `model.named_parameters()` lists, under its first name, or rows of one."""
 
     name: str
     shape: tuple[int, ...]
@@ -79,15 +80,32 @@ class ParamInfo:
     decay: bool
     """Whether weight decay applies to it."""
     key: int
-    """The noise key of the name: signed 64 bits."""
+    """The noise key of the parameter's name: signed 64 bits."""
+    of: str | None = None
+    """Of a piece (:mod:`zograph.pieces`): the parameter that it holds rows of."""
+    row: int = 0
+    """Of a piece: the first of them."""
 
     @property
     def bytes(self) -> int:
         """Size of the base weight in bytes."""
-        numel = 1
-        for size in self.shape:
-            numel *= size
-        return numel * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def parameter(self) -> str:
+        """The name that the model has for it, or for what it is a piece of."""
+        return self.name if self.of is None else self.of
+
+    @property
+    def first(self) -> int:
+        """Index of its first element in the parameter: the noise goes on from there."""
+        return self.row * math.prod(self.shape[1:])
+
+    def view(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return its part of the parameter, in the parameter's memory."""
+        if self.of is None:
+            return parameter
+        return parameter[self.row : self.row + self.shape[0]]
 
 
 @dataclass(slots=True)

@@ -6,9 +6,10 @@ dtype, so that an unfolded weight equals the folded one; then ``w +/- eps z(seed
 the output dtype.  A float64 base is computed in float64 from the same float32 z.
 
 All four ops are functional.  Outputs are contiguous; on the CPU they come from `zograph.pool`.
-Shared arguments: `seeds` int64[r], `coefs` and `scales` float32[r] (r may be 0), `keys` int64[P]
-with this parameter's key at `slot`, `seed` 0-dim int64, `eps` 0-dim float32, all on the device of
-`base`; `dtype` of the outputs; `decay=False` takes every scale as 1.
+Shared arguments: `seeds` int64[r], `coefs` and `scales` float32[r] (r may be 0), `keys` int64[P, 2]
+with this parameter's key and the index of its first element at `slot`, `seed` 0-dim int64, `eps`
+0-dim float32, all on the device of `base`; `dtype` of the outputs; `decay=False` takes every scale
+as 1.
 """
 
 from __future__ import annotations
@@ -63,8 +64,10 @@ def _check_probe(base: Tensor, keys: Tensor, slot: int, seed: Tensor, eps: Tenso
     if keys.dtype != torch.int64 or seed.dtype != torch.int64 or eps.dtype != torch.float32:
         found = f"{keys.dtype}, {seed.dtype}, {eps.dtype}"
         raise ValueError(f"keys, seed, eps must be int64, int64, float32: got {found}")
-    if not 0 <= slot < keys.numel() or not keys.is_contiguous():
-        raise ValueError(f"slot {slot} is not in {keys.numel()} contiguous keys")
+    if keys.dim() != 2 or keys.shape[1] != 2 or not keys.is_contiguous():
+        raise ValueError(f"keys must be contiguous, [P, 2]: got {list(keys.shape)}")
+    if not 0 <= slot < keys.shape[0]:
+        raise ValueError(f"slot {slot} is not in {keys.shape[0]} keys")
     if seed.numel() != 1 or eps.numel() != 1:
         raise ValueError("seed and eps must hold one element each")
     if base.is_cpu and not (keys.is_cpu and seed.is_cpu and eps.is_cpu):
@@ -115,14 +118,15 @@ def _run(
     plus = _empty(base, index, dtype) if sign >= 0 else None
     minus = _empty(base, index, dtype) if sign <= 0 else None
     if _native(base, dtype):
-        key = keys.data_ptr() + 8 * slot
+        key = keys.data_ptr() + 16 * slot
         kernels.perturb(base, index, plus, minus, terms, key, seed, eps, distribution)
         return plus, minus
-    probe = (keys[slot], seed.view(()), eps.view(()))
+    probe = (keys[slot, 0], seed.view(()), eps.view(()))
+    first = keys[slot, 1]
     if index is None:
-        tiles.perturb(base, plus, minus, terms, *probe, distribution)
+        tiles.perturb(base, plus, minus, terms, *probe, distribution, first=first)
     else:
-        tiles.perturb_rows(base, index, plus, minus, terms, *probe, distribution)
+        tiles.perturb_rows(base, index, plus, minus, terms, *probe, distribution, first=first)
     return plus, minus
 
 
@@ -203,6 +207,7 @@ def fold_(
     distribution: str = "normal",
     decay: bool = True,
     ends: Tensor | None = None,
+    first: int | Tensor = 0,
 ) -> None:
     """Apply the pending terms to `base` in place.
 
@@ -223,6 +228,8 @@ def fold_(
     ends : Tensor, optional
         bool[r], on the CPU: the terms behind which a narrow `base` is rounded, as if they had been
         applied by a call of their own.  By default only the last.
+    first : int or Tensor
+        Index in the parameter of `base`'s first element, where `base` is a piece of it.
 
     Raises
     ------
@@ -246,8 +253,9 @@ def fold_(
     if ends is not None and (ends.dtype != torch.bool or len(ends) != len(seeds)):
         raise ValueError(f"ends must be bool[{len(seeds)}], got {ends.dtype}[{len(ends)}]")
     if _native(work, work.dtype):
-        kernels.fold(work, terms, int(key), distribution, ends)
+        kernels.fold(work, terms, int(key), distribution, ends, int(first))
     else:
-        tiles.apply_terms_(work, terms, torch.as_tensor(key, device=where), distribution, ends)
+        at = [torch.as_tensor(n, device=where) for n in (key, first)]
+        tiles.apply_terms_(work, terms, at[0], distribution, ends, first=at[1])
     if work.data_ptr() != data.data_ptr():
         data.copy_(work)

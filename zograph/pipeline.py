@@ -11,6 +11,7 @@ from zograph.errors import PipelineError
 from zograph.ir import info
 from zograph.observers import Observers
 from zograph.passes import (
+    Chunk,
     DualPerturbation,
     Gather,
     Hoist,
@@ -146,6 +147,7 @@ def default_passes() -> Pipeline:
     return Pipeline(
         (
             Normalize(),
+            Chunk(),
             Partition(),
             Hoist(),
             DualPerturbation(),

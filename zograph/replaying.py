@@ -77,24 +77,41 @@ def replay(
     StoreError
         If log or base cannot be read.
     """
-    out = Path(out).expanduser()
     logged = read_log(log, warn=False)
     if logged.torn:
-        warnings.warn(
-            f"{logged.path}: its last {logged.torn} bytes are no whole record and are left out; it "
-            f"ends with {len(logged)} steps.",
-            stacklevel=2,
-        )
+        warnings.warn(torn(logged), stacklevel=2)
+    check_until(logged, until)
+    base = model if isinstance(model, nn.Module) else load_base(model, logged.header)
+    return rebuild(base, logged, until, Path(out).expanduser(), overwrite=overwrite)
+
+
+def rebuild(
+    base: nn.Module,
+    logged: LogFile,
+    until: int | None,
+    out: Path,
+    *,
+    overwrite: bool,
+    tokenizer: Any = None,
+) -> Path:
+    """Do what :func:`replay` does, of what it has loaded.
+
+    Parameters
+    ----------
+    tokenizer
+        Goes into `out` too; without one, the files of the base's folder are copied.
+    """
     steps = check_until(logged, until)
+    protect(out, {logged.path.resolve(), *origins(base)})
     with OutputFolder(out, overwrite=overwrite) as result:
-        base = model if isinstance(model, nn.Module) else load_base(model, logged.header)
-        protect(out, {logged.path.resolve(), *origins(base)})
         table = parameter_table(base)
         now = dataclasses.replace(logged.header, **start_of(base, table))
         check_base(logged.path, logged.header, now)
         values = Replayed(base, table, logged, steps)
         try:
-            save_streamed(base, values.read, result.staging, table)
+            save_streamed(base, values.read, result.staging)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(result.staging)
             for folder in origins(base):
                 copy_tokenizer(folder, result.staging)
         except StoreError:
@@ -103,6 +120,14 @@ def replay(
             raise OptionError(f"out {out}: cannot be written: {e.strerror or e}") from e
         result.commit()
     return out
+
+
+def torn(logged: LogFile) -> str:
+    """Say that a log's last record is left out."""
+    return (
+        f"{logged.path}: its last {logged.torn} bytes are no whole record and are left out; it "
+        f"ends with {len(logged)} steps."
+    )
 
 
 def copy_tokenizer(folder: Path, into: Path) -> None:

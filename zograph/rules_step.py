@@ -150,7 +150,7 @@ def _parameters(scope: Scope) -> Iterator[Fault]:
         name = record.name or ""
         if record.kind is ir.Kind.NOISE and name.startswith("keys.") and keys:
             names = keys.get(int(name.removeprefix("keys.")), ())
-            if tuple(val.shape) != (len(names),):
+            if tuple(val.shape) != (len(names), 2):
                 advice = "keep GraphInfo.keys and the table's placeholder together"
                 yield Fault(node, f"one key for each of {names}", scope.type(val), advice)
 

@@ -125,7 +125,7 @@ class Program:
         instructions: Sequence[Instruction],
         frame: Frame,
         weight: Callable[[fx.Node], torch.Tensor],
-        rows: Callable[[str, torch.Tensor], torch.Tensor],
+        rows: Callable[[Sequence[str], torch.Tensor], torch.Tensor],
     ) -> None:
         """Run instructions on one frame.
 
@@ -134,7 +134,7 @@ class Program:
         weight
             Returns what a node that stands for a weight, buffer or constant means.
         rows
-            Returns rows of a stored table by its name and their indices.
+            Returns rows of a stored table by the names of its pieces and their indices.
         """
 
         def value(node: fx.Node) -> Any:
@@ -142,10 +142,9 @@ class Program:
 
         for step in instructions:
             if step.node.target is GATHER:
-                table, index = step.node.args
-                assert isinstance(table, fx.Node)
+                index = step.node.args[1]
                 assert isinstance(index, fx.Node)
-                frame[step.node] = rows(str(meta(table).name), value(index))
+                frame[step.node] = rows(weight_names(step.node), value(index))
                 continue
             args = fx.node.map_arg(step.node.args, value)
             kwargs = fx.node.map_arg(step.node.kwargs, value)
@@ -280,9 +279,9 @@ class Runner:
             return self.slots.arena.weight(slot, name)
         return self.weights.fetch(Kind.PARAMETER, name)
 
-    def _rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+    def _rows(self, names: Sequence[str], index: torch.Tensor) -> torch.Tensor:
         assert self.slots is not None
-        rows, nbytes = self.weights.rows(name, index)
+        rows, nbytes = self.weights.rows(names, index)
         self.slots.moved_bytes[Stream.READ] += nbytes
         return rows
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from zograph.options import Options
 from zograph.parameters import parameter_table
+from zograph.pieces import cut_tables
 from zograph.records import Outcome
 from zograph.seedlog import Journal, LogFile, LogHeader
 from zograph.seedlog.identity import check, header_of
@@ -104,12 +105,13 @@ def open_run(
         If the log or the work folder cannot be used.
     """
     table = parameter_table(model)
+    pieces = cut_tables(table)
     if options.log is None:
-        return open_weights(model, table, options), None
+        return open_weights(model, pieces, options), None
     header = header_of(model, table, options, lr)
     if logged is None:
         check_absent(options.log)
-        weights = open_weights(model, table, options)
+        weights = open_weights(model, pieces, options)
         log = RunLog(options.log, header, options.fsync_every, weights)
         if options.fold_every != "auto":
             try:
@@ -127,7 +129,7 @@ def open_run(
         )
     journal = Journal.go_on(logged, options.log, options.fsync_every)
     try:
-        weights = open_weights(model, table, options, journal.belongs)
+        weights = open_weights(model, pieces, options, journal.belongs)
     except BaseException:
         journal.close()
         raise

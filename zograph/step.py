@@ -333,7 +333,7 @@ class ZOStep:
         """
         self.synchronize()
         if self._weights.elsewhere:
-            return LazyStateDict(self.model, self._weights.value)
+            return LazyStateDict(self.model, self._weights.parameter)
         return dict(self.model.state_dict())
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -348,7 +348,7 @@ class ZOStep:
         """
         self.synchronize()
         if self._weights.elsewhere:
-            save_streamed(self.model, self._weights.value, Path(folder), self._weights.table)
+            save_streamed(self.model, self._weights.parameter, Path(folder))
         else:
             save_pretrained(self.model, Path(folder))
 

@@ -5,7 +5,7 @@ graph can be run as it stands to see what it means. The runtime does not call th
 into a task on a stream, and the returned tensors into slots of one arena.
 
 ``gather(stored, index)``
-    rows of a stored table, as an embedding looks them up.
+    rows of a stored table, or of one in pieces, as an embedding looks them up.
 ``fetch(stored, after)``
     starts copies of stored weights into slots; `after` are tokens of the releases whose slots
     are filled anew.
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 _SCHEMAS = {
-    "gather": "(Tensor stored, Tensor index) -> Tensor",
+    "gather": "(Tensor[] stored, Tensor index) -> Tensor",
     "fetch": "(Tensor[] stored, Tensor[] after) -> Tensor[]",
     "wait": "(Tensor[] fetched) -> Tensor[]",
     "fold": "(Tensor[] weights, Tensor seeds, Tensor coefs, Tensor scales, Tensor keys, "
@@ -56,8 +56,8 @@ _SCHEMAS = {
 }
 
 
-def _rows(stored: Tensor, index: Tensor) -> Tensor:
-    return torch.nn.functional.embedding(index, stored)
+def _rows(stored: Sequence[Tensor], index: Tensor) -> Tensor:
+    return torch.nn.functional.embedding(index, torch.cat(list(stored)))
 
 
 def _copies(tensors: Sequence[Tensor], *_: Any) -> list[Tensor]:
@@ -76,7 +76,8 @@ def _fold(
 ) -> list[Tensor]:
     out = _copies(weights)
     for w, slot, decays in zip(out, slots, decay, strict=True):
-        fold_(w, seeds, coefs, scales, keys[slot], distribution=distribution, decay=decays)
+        key, first = keys[slot]
+        fold_(w, seeds, coefs, scales, key, distribution=distribution, decay=decays, first=first)
     return out
 
 
@@ -130,6 +131,6 @@ def is_transfer(node: fx.Node) -> bool:
 
 
 def weight_names(node: fx.Node) -> tuple[str, ...]:
-    """Return the names of the weights that a fetch, fold, write-back or release is about."""
+    """Return the names of the weights that a transfer or a lookup of rows is about."""
     moved: Any = node.args[0]
     return tuple(str(meta(n).name) for n in moved)

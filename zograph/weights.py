@@ -9,7 +9,7 @@ visit makes up for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -55,14 +55,18 @@ class Weights:
         self.model = model
         self.device = device
         self.table = table
+        """The parameters, large tables in pieces."""
         self.distribution = distribution
         self.store = store
         self.constants: dict[str, torch.Tensor] = {}
         self.held: dict[str, torch.Tensor] = {}
         """Weights that stay on the device while the store has another, perhaps older, copy."""
         self._owner: dict[str, tuple[nn.Module, str]] = {}
-        for name in (*table, *(n for n, _ in model.named_buffers(remove_duplicate=False))):
+        buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+        for name in (*(p.parameter for p in table.values()), *buffers):
             self._owner[name] = owner_of(model, name)
+        whole = ((n, self._whole(n)) for n in (p.parameter for p in table.values()))
+        self._compiled = {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in whole}
         self.visiting: dict[str, torch.Tensor] = {}
         """Folded copies of weights on the device whose base must not be rounded yet."""
         self.shown: dict[str, torch.Tensor] = {}
@@ -148,6 +152,11 @@ class Weights:
         return count
 
     def _of_model(self, name: str) -> torch.Tensor:
+        """Return a parameter or buffer, or its part that is a piece, from the model."""
+        param = self.table.get(name)
+        return self._whole(name) if param is None else param.view(self._whole(param.parameter))
+
+    def _whole(self, name: str) -> torch.Tensor:
         module, attribute = self._owner[name]
         tensor: torch.Tensor = getattr(module, attribute)
         return tensor
@@ -155,7 +164,7 @@ class Weights:
     @property
     def elsewhere(self) -> bool:
         """Whether the model itself has no memory for its weights."""
-        return any(self._of_model(name).is_meta for name in self.table)
+        return any(self._whole(name).is_meta for name in self._compiled)
 
     def read(self, name: str) -> torch.Tensor:
         """Return the stored value of a weight, in memory of its own."""
@@ -171,19 +180,39 @@ class Weights:
             self.fold(name, found, self.version[name])
         return found.cpu()
 
-    def rows(self, name: str, index: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def parameter(self, name: str) -> torch.Tensor:
+        """Return the newest value of a parameter, put together where it is in pieces."""
+        parts = [n for n, p in self.table.items() if p.parameter == name]
+        if parts == [name]:
+            return self.value(name)
+        whole = torch.empty(self._whole(name).shape, dtype=self._whole(name).dtype)
+        for part in parts:
+            self.table[part].view(whole).copy_(self.value(part))
+        return whole
+
+    def rows(self, names: Sequence[str], index: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Return rows of a stored table, as an embedding does, and the bytes read from a disk.
+
+        Parameters
+        ----------
+        names
+            The table, or its pieces in order.
 
         Raises
         ------
         StoreError
             If the store cannot be read.
         """
-        param = self.table[name]
-        flat = index.flatten().to("cpu")
-        out = torch.empty((flat.numel(), *param.shape[1:]), dtype=param.dtype)
-        nbytes = self.store.read_rows(name, flat, out)
-        return out.view(*index.shape, *param.shape[1:]).to(self.device), nbytes
+        params = [self.table[name] for name in names]
+        flat, width = index.flatten().to("cpu"), params[0].shape[1:]
+        out, nbytes = torch.empty((flat.numel(), *width), dtype=params[0].dtype), 0
+        for param in params:
+            local = flat - param.row
+            (here,) = torch.where((local >= 0) & (local < param.shape[0]))
+            found = torch.empty((here.numel(), *width), dtype=param.dtype)
+            nbytes += self.store.read_rows(param.name, local[here], found)
+            out[here] = found
+        return out.view(*index.shape, *width).to(self.device), nbytes
 
     def show(self) -> None:
         """Copy the newest values into the model, if it has memory for them and is not the store.
@@ -215,13 +244,13 @@ class Weights:
         ParameterChangedError
             If a parameter's shape, dtype or trainability has changed.
         """
-        for name, known in self.table.items():
-            tensor = self._of_model(name)
+        for name, known in self._compiled.items():
+            tensor = self._whole(name)
             found = (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
-            if found != (known.shape, known.dtype, known.trainable):
+            if found != known:
                 raise ParameterChangedError(
-                    f"parameter {name!r} was compiled as {known.dtype}{list(known.shape)}, "
-                    f"requires_grad={known.trainable}, and is now {tensor.dtype}"
+                    f"parameter {name!r} was compiled as {known[1]}{list(known[0])}, "
+                    f"requires_grad={known[2]}, and is now {tensor.dtype}"
                     f"{list(tensor.shape)}, requires_grad={tensor.requires_grad}. Compile again."
                 )
 
@@ -304,7 +333,7 @@ def open_weights(
         pinned = options.memory is not None and options.device.type == "cuda"
         if not pinned:
             model.to(options.device)
-        owner = {n: owner_of(model, n) for n in table}
+        owner = {p.parameter: owner_of(model, p.parameter) for p in table.values()}
         store: Store = HostStore(lambda name: getattr(*owner[name]), table, pinned=pinned)
     else:
         asked = options.storage if source is None or options.storage != "host" else source.storage
@@ -335,6 +364,7 @@ def fold_terms(
         terms.coefs,
         terms.scales,
         param.key,
+        first=param.first,
         distribution=distribution,
         decay=param.decay,
         ends=ends if param.dtype.itemsize < 4 else None,

@@ -7,6 +7,7 @@ import torch
 import zograph
 from tests.passes.graphs import ready_for, two_blocks
 from zograph.errors import PassError
+from zograph.graphs import key_tables
 from zograph.ir import Kind, info, meta, placeholders
 from zograph.passes import DualPerturbation, PassContext
 from zograph.testing import (
@@ -26,11 +27,8 @@ aten = torch.ops.aten
 def bind_keys(gm: torch.fx.GraphModule, values: list[torch.Tensor]) -> list[torch.Tensor]:
     """Replace random keys by the true ones."""
     names = [str(meta(n).name) for n in placeholders(gm)]
-    keys = {f"keys.{s}": [info(gm).params[n].key for n in ns] for s, ns in info(gm).keys.items()}
-    return [
-        torch.tensor(keys[n], dtype=torch.int64) if n in keys else v
-        for n, v in zip(names, values, strict=True)
-    ]
+    keys = key_tables(gm)
+    return [keys.get(n, v) for n, v in zip(names, values, strict=True)]
 
 
 def test_golden(golden: Golden) -> None:

@@ -272,9 +272,8 @@ def test_export_is_what_transformers_writes(tmp_path: Path, name: str) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     build(name).save_pretrained(theirs)
     found = load(theirs, name)
-    table = parameter_table(found)
     for most in (20e3, 5e9):
-        save_streamed(found, reader(found), ours, table, most)
+        save_streamed(found, reader(found), ours, most)
         assert (ours / INDEX).exists() is (most == 20e3)
         assert (ours / "model.safetensors").exists() is (most == 5e9)
         one, two = contents(ours), contents(theirs)
@@ -292,7 +291,7 @@ def test_export_is_what_transformers_writes(tmp_path: Path, name: str) -> None:
 def test_export_of_a_plain_module(tmp_path: Path) -> None:
     model = zoo.build("cnn")
     read = lambda name: model.get_parameter(name).detach()  # noqa: E731
-    save_streamed(model, read, tmp_path / "x", parameter_table(model), 100)
+    save_streamed(model, read, tmp_path / "x", 100)
     other = zoo.build("cnn", seed=1)
     load_model(other, str(tmp_path / "x" / "model.safetensors"))
     assert all(torch.equal(b, other.state_dict()[k]) for k, b in model.state_dict().items())
@@ -311,7 +310,7 @@ def test_failed_export_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
         return read(name)
 
     with pytest.raises(StoreError, match=r"gone"):
-        save_streamed(found, failing, tmp_path / "to", parameter_table(found))
+        save_streamed(found, failing, tmp_path / "to")
     assert digests(tmp_path / "to") == before
     assert not [p for p in (tmp_path / "to").iterdir() if p.is_dir()]
 
@@ -321,7 +320,7 @@ def test_export_over_the_checkpoint_is_refused(tmp_path: Path) -> None:
     before = digests(tmp_path)
     found = load(tmp_path, "opt")
     with pytest.raises(StoreError, match=r"weights are read from.*another folder"):
-        save_streamed(found, reader(found), tmp_path, parameter_table(found))
+        save_streamed(found, reader(found), tmp_path)
     assert digests(tmp_path) == before
 
 

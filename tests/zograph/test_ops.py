@@ -20,8 +20,9 @@ from zograph.ops import fold_
 from zograph.pool import Pool, pool
 
 OPS = torch.ops.zograph
-KEYS = torch.tensor([17, parameter_key("a.weight"), -5])
+KEYS = torch.tensor([[17, 0], [parameter_key("a.weight"), 0], [-5, 0]])
 SLOT = 1
+KEY = KEYS[SLOT, 0]
 SEED, EPS = torch.tensor(2**40 + 3), torch.tensor(1e-3)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
@@ -53,7 +54,7 @@ def reference(
     work = w.dtype
 
     def z(seed: Tensor) -> Tensor:
-        return noise_at(index, stream_words(seed, KEYS[SLOT]), distribution).to(work)
+        return noise_at(index, stream_words(seed, KEY), distribution).to(work)
 
     for seed, coef, scale in zip(*terms(r), strict=True):
         w = (scale.to(work) * w if decay else w) + coef.to(work) * z(seed)
@@ -98,9 +99,7 @@ def test_ten_million_elements_in_three_engines() -> None:
     found = OPS.materialize(base, *tail(r))
     for compiled in (False, True):
         plus, minus = torch.empty_like(base), torch.empty_like(base)
-        tiles.perturb(
-            base, plus, minus, terms(r), KEYS[SLOT], SEED, EPS, "normal", compiled=compiled
-        )
+        tiles.perturb(base, plus, minus, terms(r), KEY, SEED, EPS, "normal", compiled=compiled)
         assert same(found, (plus, minus))
     assert torch.equal(OPS.materialize_one(base, *tail(r), 1), found[0])
     assert torch.equal(OPS.materialize_one(base, *tail(r), -1), found[1])
@@ -127,7 +126,7 @@ def test_rows_equal_rows_of_the_whole(dtype: torch.dtype, index_dtype: torch.dty
         assert rows[0].shape == (2, 3, 5, 41)
         assert same(rows, (whole[0][index.long()], whole[1][index.long()]))
         plus, minus = torch.empty_like(rows[0]), torch.empty_like(rows[1])
-        probe = (KEYS[SLOT], SEED, EPS, "normal")
+        probe = (KEY, SEED, EPS, "normal")
         tiles.perturb_rows(base, index, plus, minus, terms(r), *probe)
         assert same(rows, (plus, minus))
 
@@ -143,7 +142,7 @@ def test_rows_past_two_to_the_32() -> None:
     plus, _ = OPS.materialize_rows(
         base, index, *terms(0), KEYS, SLOT, SEED, one, torch.float32, "normal", True
     )
-    words = stream_words(SEED, KEYS[SLOT])
+    words = stream_words(SEED, KEY)
     for k, row in enumerate(index.tolist()):
         z = noise_at(torch.arange(row * width, (row + 1) * width), words, "normal")
         assert torch.equal(plus[k], z)
@@ -160,15 +159,15 @@ def test_rows_out_of_range(bad: int, native: bool) -> None:
 @pytest.mark.parametrize("decay", [True, False])
 def test_pending_terms_equal_folds(decay: bool) -> None:
     """r terms at once = r folds of one term, in C++ and in torch; a narrow base folds to w."""
-    base, key = weight(33_457), int(KEYS[SLOT])
+    base, key = weight(33_457), int(KEY)
     pending = OPS.materialize(base, *tail(4, decay=decay))
     folded, tiled, once = base.clone(), base.clone(), base.clone()
     for j in range(4):
         one = tuple(t[j : j + 1] for t in terms(4))
         fold_(folded, *one, key, decay=decay)
         scales = one[2] if decay else None
-        tiles.apply_terms_(tiled, (one[0], one[1], scales), KEYS[SLOT], "normal", compiled=False)
-    fold_(once, *terms(4), KEYS[SLOT], decay=decay)
+        tiles.apply_terms_(tiled, (one[0], one[1], scales), KEY, "normal", compiled=False)
+    fold_(once, *terms(4), KEY, decay=decay)
     assert torch.equal(folded, tiled)
     assert torch.equal(folded, once)
     assert not torch.equal(folded, base)
@@ -179,7 +178,7 @@ def test_pending_terms_equal_folds(decay: bool) -> None:
 def test_unfolded_equals_folded_in_every_base_dtype(dtype: torch.dtype) -> None:
     base = weight(10_001, dtype=dtype)
     pending = OPS.materialize(base, *tail(3))
-    fold_(base, *terms(3), int(KEYS[SLOT]))
+    fold_(base, *terms(3), int(KEY))
     assert same(OPS.materialize(base, *tail(0)), pending)
 
 
@@ -242,9 +241,9 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="slot 3"):
         OPS.materialize(base, none, empty, empty, KEYS, 3, SEED, EPS, *rest)
     with pytest.raises(ValueError, match="2 seeds but 0 coefs"):
-        OPS.materialize(base, KEYS[:2], empty, empty, KEYS, 0, SEED, EPS, *rest)
+        OPS.materialize(base, KEYS[:2, 0], empty, empty, KEYS, 0, SEED, EPS, *rest)
     with pytest.raises(ValueError, match=r"scales must be float32\[2\]"):
-        fold_(base, KEYS[:2], torch.zeros(2), empty, 1)
+        fold_(base, KEYS[:2, 0], torch.zeros(2), empty, 1)
     with pytest.raises(ValueError, match="sign"):
         OPS.materialize_one(base, *tail(), 2)
     with pytest.raises(ValueError, match="must be floating"):

@@ -12,11 +12,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from zograph.cli import bench, doctor, draw, finetune, plan, replay
+from zograph.cli import bench, doctor, draw, finetune, log, plan, replay
 from zograph.errors import ZographError
 
 #: The subcommands, in the order in which ``--help`` lists them; a new one is added here.
-COMMANDS = (finetune, replay, draw, plan, bench, doctor)
+COMMANDS = (finetune, log, replay, draw, plan, bench, doctor)
 
 USER_ERROR = 2
 """Exit code when an input is at fault; nothing was written."""
@@ -58,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ZographError as error:
         print(f"zograph {args.command}: error: {error}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"zograph {args.command}: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        left = error.args[0] if error.args else "nothing was written"
+        print(f"zograph {args.command}: interrupted; {left}", file=sys.stderr)
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -110,11 +110,20 @@ def in_order(
 
 
 def shuffled(
-    rows: Sequence[Encoded], pad: int, limit: int, size: int, seed: int
+    rows: Sequence[Encoded], pad: int, limit: int, size: int, seed: int, start: int = 0
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches without end: shuffled anew each epoch, the remainder carried over."""
+    """Yield batches without end: shuffled anew each epoch, the remainder carried over.
+
+    Parameters
+    ----------
+    start
+        Batches to leave out: what is yielded depends on seed and position alone.
+    """
     generator = np.random.default_rng(seed)
-    waiting: list[int] = []
+    epochs, first = divmod(start * size, len(rows))
+    for _ in range(epochs):
+        generator.permutation(len(rows))
+    waiting: list[int] = generator.permutation(len(rows)).tolist()[first:]
     while True:
         while len(waiting) < size:
             waiting.extend(generator.permutation(len(rows)).tolist())

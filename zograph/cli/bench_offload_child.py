@@ -65,7 +65,7 @@ def write(request: Request) -> dict[str, Any]:
     for which, model in models.items():
         table = parameter_table(model)
         read = partial(drawn, table)
-        save_streamed(model, read, Path(request[which]), table)
+        save_streamed(model, read, Path(request[which]))
     return {"weights_bytes": weights, "written": sorted(models)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from zograph.cli.inputs import integer, number
 
@@ -44,6 +44,7 @@ def add_parser(subparsers: Any) -> None:
         help="score on at most N examples, 0 for all (default: %(default)s)",
     )
     add_training(parser.add_argument_group("training"))
+    add_log(parser.add_argument_group("log"))
     result = parser.add_argument_group("result")
     result.add_argument("--out", type=Path, metavar="DIR", help="folder for the result")
     result.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
@@ -82,6 +83,40 @@ def add_training(group: Any) -> None:
         metavar="WHERE",
         help="where streamed weights live: host (memory), disk, or a work folder",
     )
+    group.add_argument(
+        "--fold-every",
+        type=period,
+        metavar="K",
+        help="write streamed weights every K steps only, or auto (default: 1 or the log's)",
+    )
+
+
+def add_log(group: Any) -> None:
+    """Add the options of a run that may be killed."""
+    group.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="write the run's seed log there as it goes, 48 bytes a step; SIGTERM then ends the "
+        "run after the step under way, with --out written and exit code 0",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run of the log, bit for bit; start anew if there is none",
+    )
+    group.add_argument(
+        "--fsync-every",
+        type=integer(0),
+        default=1,
+        metavar="N",
+        help="steps that a loss of power may cost; 0: as the system has it (default: %(default)s)",
+    )
+
+
+def period(text: str) -> int | Literal["auto"]:
+    """Parse a fold period."""
+    return "auto" if text == "auto" else integer(1)(text)
 
 
 def run(args: argparse.Namespace) -> int:

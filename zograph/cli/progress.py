@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal, lines elsewhere; and a calm Ctrl-C."""
+"""The progress of a run: a bar on a terminal, lines elsewhere; and a calm end when asked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -29,22 +30,40 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Progress:
-    """Shows smoothed loss, learning rate, steps a second and peak memory."""
+    """Shows smoothed loss, learning rate, steps a second and peak memory.
 
-    def __init__(self, steps: int, every: int, device: torch.device) -> None:
+    Parameters
+    ----------
+    steps
+        Of the whole run.
+    every
+        Steps from one reading of the losses to the next.
+    earlier
+        The losses of the steps that were taken before, where a run goes on.
+    """
+
+    def __init__(
+        self, steps: int, every: int, device: torch.device, earlier: Sequence[float] = ()
+    ) -> None:
         self.history: list[tuple[int, float]] = []
         self._losses: deque[float] = deque(maxlen=SMOOTHED)
         self._pending: list[torch.Tensor] = []
         self._steps, self._every, self._device = steps, every, device
         self._terminal = sys.stderr.isatty()
         self._bar: Any = None
-        self._spacing, self._told = max(1, steps // LINES), 0
+        self._first, self._spacing = len(earlier), max(1, steps // LINES)
+        self._told = self._first // self._spacing
         self._start = time.perf_counter()
+        for done, loss in enumerate(torch.tensor(earlier, dtype=torch.float32), 1):
+            self._pending.append(loss)
+            self._read(done)
 
     def __enter__(self) -> Self:
         self._start = time.perf_counter()
         if self._terminal:
-            self._bar = tqdm(total=self._steps, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=self._steps, initial=self._first, unit="step", dynamic_ncols=True
+            )
         return self
 
     def __exit__(
@@ -61,12 +80,9 @@ class Progress:
         self._pending.append(loss)
         if self._bar is not None:
             self._bar.update()
-        if done % self._every and done != self._steps:
+        smoothed = self._read(done)
+        if smoothed is None:
             return
-        self._losses.extend(torch.stack(self._pending).tolist())
-        self._pending.clear()
-        smoothed = sum(self._losses) / len(self._losses)
-        self.history.append((done, smoothed))
         peak = peak_bytes(self._device) / 2**30
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {smoothed:.4f}, lr {lr:.2e}, peak {peak:.2f} GiB")
@@ -74,7 +90,7 @@ class Progress:
         if done != self._steps and done // self._spacing == self._told:
             return
         self._told = done // self._spacing
-        rate = done / (time.perf_counter() - self._start)
+        rate = (done - self._first) / (time.perf_counter() - self._start)
         print(
             f"  step {done}/{self._steps}  loss {smoothed:.4f}  lr {lr:.2e}  "
             f"{rate:.2f} steps/s  peak {peak:.2f} GiB",
@@ -82,16 +98,38 @@ class Progress:
             flush=True,
         )
 
+    def _read(self, done: int) -> float | None:
+        """Read the pending losses if it is time to; return the smoothed one then."""
+        if done % self._every and done != self._steps:
+            return None
+        self._losses.extend(torch.stack(self._pending).tolist())
+        self._pending.clear()
+        smoothed = sum(self._losses) / len(self._losses)
+        self.history.append((done, smoothed))
+        return smoothed
+
 
 class Interrupt:
-    """While entered, the first Ctrl-C only sets `asked`; a second one interrupts at once."""
+    """While entered, the first signal only sets `asked`; a second one interrupts at once.
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: Any = None
+    Attributes
+    ----------
+    asked : signal.Signals or None
+        The signal that came.
+
+    Parameters
+    ----------
+    signals
+        Ctrl-C, and what else is to be taken so.
+    """
+
+    def __init__(self, *signals: signal.Signals) -> None:
+        self.asked: signal.Signals | None = None
+        self._signals = signals or (signal.SIGINT,)
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGINT, self._note)
+        self._previous = {s: signal.signal(s, self._note) for s in self._signals}
         return self
 
     def __exit__(
@@ -100,9 +138,11 @@ class Interrupt:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.asked = signal.Signals(number)
+        for each in self._signals:
+            signal.signal(each, signal.default_int_handler)
         print("\nstopping after this step; once more to stop at once", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ class Score:
     accuracy: float | None
     count: int
     loss_error: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Score:
+        """Return what :meth:`as_dict` was called on."""
+        return cls(**{f.name: values[f.name] for f in fields(cls)})
 
     @property
     def error(self) -> float:

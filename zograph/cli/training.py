@@ -3,49 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import json
+import signal
 import sys
 import time
+import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import zograph
-from zograph.cli.batches import Encoded, encode, in_order, length_limit, shuffled
+from zograph.cli.batches import shuffled
 from zograph.cli.data import Dataset, labelled, load_tables, unlabelled
-from zograph.cli.inputs import InputError
-from zograph.cli.models import CLASSIFICATION, Loaded, choose_trainable, load, locate, own_classes
+from zograph.cli.models import CLASSIFICATION, choose_trainable, load, locate, own_classes
 from zograph.cli.output import check_picture
 from zograph.cli.progress import Interrupt, Progress, peak_bytes
-from zograph.cli.scores import Run, Score, change, score
+from zograph.cli.result import describe, draw, save
+from zograph.cli.resuming import (
+    Beginning,
+    data_of,
+    find_log,
+    is_result_of,
+    read_beginning,
+    settings_of,
+)
+from zograph.cli.scores import Score, change
+from zograph.cli.sets import Sets, make_sets
 from zograph.output import OutputFolder
-
-SAME = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""How far the loss of the reloaded float32 model may be from the step's, by compute dtype."""
-
-
-@dataclass(frozen=True)
-class Sets:
-    """The encoded examples and how they are batched."""
-
-    train: list[Encoded]
-    sample: list[Encoded]
-    held_out: list[Encoded]
-    pad: int
-    limit: int
-    size: int
-
-    def scores(self, run: Run, device: torch.device) -> dict[str, Score]:
-        """Score a model on the training sample and on the held-out examples."""
-        sets = {"train": self.sample, "held_out": self.held_out}
-        return {
-            name: score(run, in_order(rows, self.pad, self.limit, self.size), device)
-            for name, rows in sets.items()
-        }
+from zograph.seedlog import LogFile, read_log
+from zograph.seedlog.columns import mean_losses
 
 
 def finetune(args: argparse.Namespace) -> int:
@@ -54,62 +42,113 @@ def finetune(args: argparse.Namespace) -> int:
     Returns
     -------
     int
-        0; 1 if the saved model does not score as it did; 130 after Ctrl-C.
+        0, also where SIGTERM ended a run with a log; 1 if the saved model does not score as it
+        did; 130 after Ctrl-C.
 
     Raises
     ------
     zograph.errors.ZographError
-        If an input is at fault or a step fails; nothing was written then.
+        If an input is at fault or a step fails; nothing was written then but the log.
+    KeyboardInterrupt
+        If it is interrupted before or behind its steps, or twice.
     """
-    with ExitStack() as stack:
-        if args.draw:
-            check_picture(args.draw)
-        out = None
-        if args.out:
-            out = stack.enter_context(OutputFolder(args.out, overwrite=args.overwrite))
-        data = read_data(args)
-        loaded = load(args.model, args.task, data.classes, seed=args.seed, storage=args.storage)
-        sets = make_sets(args, data, loaded)
-        trained = choose_trainable(loaded.model, args.train)
-        print(
-            f"data     {len(sets.train)} to train on, {len(sets.held_out)} held out; {data.split}"
-        )
-        for note in loaded.notes:
-            print(f"model    {note}")
-        print(f"trained  {trained}")
-        if out is None:
-            print("result   not kept: no --out")
-        step = compile_step(args, loaded.model)
-        device = step.options.device
-        stack.callback(step.close)
+    try:
+        with ExitStack() as stack:
+            return run(args, stack)
+    except KeyboardInterrupt as error:
+        if args.log is None or not args.log.exists():
+            raise
+        raise KeyboardInterrupt(f"the log is whole{goes_on(args)}") from error
+
+
+def run(args: argparse.Namespace, stack: ExitStack) -> int:
+    """Run what :func:`finetune` is about; `stack` closes what was opened."""
+    if args.draw:
+        check_picture(args.draw)
+    if args.log is not None:
+        args.log = args.log.expanduser()
+    logged = find_log(args)
+    known = read_beginning(logged) if logged else None
+    if known:
+        known.check_settings(args)
+    out = None
+    if args.out:
+        replace = args.overwrite or is_result_of(args.out, logged)
+        out = stack.enter_context(OutputFolder(args.out, overwrite=replace))
+    data = read_data(args)
+    loaded = load(args.model, args.task, data.classes, seed=args.seed, storage=args.storage)
+    sets = make_sets(args, data, loaded)
+    scored = [*sets.sample, *sets.held_out]
+    facts = data_of(sets.train, scored, sets.pad, sets.limit, args.seed)
+    if known:
+        known.check_data(args, facts)
+    trained = choose_trainable(loaded.model, args.train)
+    print(f"data     {len(sets.train)} to train on, {len(sets.held_out)} held out; {data.split}")
+    for note in loaded.notes:
+        print(f"model    {note}")
+    print(f"trained  {trained}")
+    if out is None:
+        print(f"result   {'in the log alone' if args.log else 'not kept'}: no --out")
+    step = open_step(args, loaded.model, logged)
+    device = step.options.device
+    stack.callback(step.close)
+    first = len(logged) if logged else 0
+    if args.log:
+        print(f"log      {args.log}: {f'goes on after {first} steps' if first else 'begins'}")
+    if known:
+        before = {name: Score.from_dict(values) for name, values in known.before.items()}
+    else:
         before = sets.scores(step.evaluate, device)
-        show("before", before)
-        started = time.perf_counter()
-        done, history = train(args, step, sets, device)
-        seconds = time.perf_counter() - started
-        if done == 0:
-            print("interrupted before the first step; nothing was written", file=sys.stderr)
-            return 130
+        if args.log:
+            scores = {name: value.as_dict() for name, value in before.items()}
+            Beginning(settings_of(args), facts, scores).write(args.log)
+    show("before", before)
+    started = time.perf_counter()
+    done, history, asked = train(args, step, sets, mean_losses(logged).tolist() if logged else [])
+    seconds = time.perf_counter() - started
+    terminated = asked == signal.SIGTERM and done < args.steps
+    after: dict[str, Score] = {}
+    if done and not terminated:  # whoever sends SIGTERM waits a few seconds only
         after = sets.scores(step.evaluate, device)
         show("after", after)
-        for name, score_before in before.items():
-            print(f"change   {name.replace('_', '-'):<9} {change(score_before, after[name])}")
-        print(f"time     {seconds:.1f} s for {done} steps, with compilation")
-        if step.streamed:
-            print(f"memory   {describe_plan(step.plan)}")
-        good = True
-        if out is not None:
-            record = describe(args, data, before, after, history)
-            record |= {"steps_done": done, "seconds": round(seconds, 2), "trained": trained}
-            record |= {"peak_bytes": peak_bytes(device), "max_length": sets.limit}
-            good = save(args, out, step, loaded, sets, record)
-        if args.draw:
-            draw(step, args.draw)
-        if done < args.steps:
-            kept = f"the weights so far are in {args.out}" if out else "nothing was kept: no --out"
-            print(f"interrupted after {done} of {args.steps} steps; {kept}", file=sys.stderr)
-            return 130
-        return 0 if good else 1
+        for name, score_after in after.items():
+            print(f"change   {name.replace('_', '-'):<9} {change(before[name], score_after)}")
+    print(f"time     {seconds:.1f} s for {done - first} steps, with compilation")
+    if step.streamed:
+        print(f"memory   {describe_plan(step.plan)}")
+    good = True
+    if out is not None and done:
+        record = describe(args, data, before, after, history)
+        record |= {"steps_done": done, "seconds": round(seconds, 2), "trained": trained}
+        record |= {"peak_bytes": peak_bytes(device), "max_length": sets.limit}
+        if args.log:
+            record["log"] = f"{read_log(args.log, warn=False).head:016x}"
+        good = save(args, out, step, loaded, sets, record)
+    if args.draw and after:
+        draw(step, args.draw)
+    if done < args.steps:
+        return tell_stop(args, done, terminated=terminated)
+    return 0 if good else 1
+
+
+def tell_stop(args: argparse.Namespace, done: int, *, terminated: bool) -> int:
+    """Say where a run stopped and what is left of it; return its exit code."""
+    how = "stopped" if terminated else "interrupted"
+    if not done:
+        print(f"{how} before the first step; nothing was written{goes_on(args)}", file=sys.stderr)
+    else:
+        kept = f"the weights so far are in {args.out}" if args.out else "nothing was kept: no --out"
+        if args.log and not args.out:
+            kept = "the steps so far are in the log"
+        print(f"{how} after {done} of {args.steps} steps; {kept}{goes_on(args)}", file=sys.stderr)
+    return 0 if terminated else 130
+
+
+def goes_on(args: argparse.Namespace) -> str:
+    """Say how a run with a log goes on."""
+    if args.log is None:
+        return ""
+    return f"; the same command with --resume goes on from {args.log}"
 
 
 def read_data(args: argparse.Namespace) -> Dataset:
@@ -122,42 +161,33 @@ def read_data(args: argparse.Namespace) -> Dataset:
     return labelled(train, held_out, how, args.text_column, args.label_column, classes=classes)
 
 
-def make_sets(args: argparse.Namespace, data: Dataset, loaded: Loaded) -> Sets:
-    """Tokenise; the training sample to score is the training rows nearest the front."""
-    limit = length_limit(args.max_length, loaded.model, loaded.tokenizer)
-    labels = args.task == CLASSIFICATION
-    train = encode(data.train, loaded.tokenizer, limit, labels=labels)
-    held_out = encode(data.held_out, loaded.tokenizer, limit, labels=labels)
-    sample = spread(train, args.eval_size)
-    held_out = spread(held_out, args.eval_size)
-    pad = int(loaded.tokenizer.pad_token_id)
-    return Sets(train, sample, held_out, pad, limit, args.batch_size)
-
-
-def spread(rows: list[Encoded], most: int) -> list[Encoded]:
-    """Return at most `most` rows (0: all), evenly spaced."""
-    if not most or len(rows) <= most:
-        return rows
-    return [rows[i * len(rows) // most] for i in range(most)]
-
-
-def compile_step(args: argparse.Namespace, model: Any) -> zograph.ZOStep:
-    """Compile the model with the settings of the command line."""
+def open_step(args: argparse.Namespace, model: Any, logged: LogFile | None) -> zograph.ZOStep:
+    """Compile the model with the settings of the command line, or go on with a log."""
     dtype = None if args.compute_dtype == "float32" else getattr(torch, args.compute_dtype)
-    return zograph.compile(
-        model,
-        lr=args.lr,
-        eps=args.eps,
-        weight_decay=args.weight_decay,
-        seed=args.seed,
-        device=args.device,
-        compute_dtype=dtype,
-        directions=args.directions,
-        distribution=args.distribution,
-        backend=args.backend,
-        memory=args.memory,
-        storage=args.storage,
-    )
+    options: dict[str, Any] = {
+        "lr": args.lr,
+        "eps": args.eps,
+        "weight_decay": args.weight_decay,
+        "seed": args.seed,
+        "device": args.device,
+        "compute_dtype": dtype,
+        "directions": args.directions,
+        "distribution": args.distribution,
+        "backend": args.backend,
+        "memory": args.memory,
+        "storage": args.storage,
+        "fsync_every": args.fsync_every,
+    }
+    if args.fold_every is not None:
+        options["fold_every"] = args.fold_every
+    if logged is None:
+        return zograph.compile(model, log=args.log, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step = zograph.resume(model, args.log, **options)
+    for warning in caught:
+        print(f"log      {warning.message}")
+    return step
 
 
 def describe_plan(plan: zograph.Plan) -> str:
@@ -170,98 +200,39 @@ def describe_plan(plan: zograph.Plan) -> str:
 
 
 def train(
-    args: argparse.Namespace, step: zograph.ZOStep, sets: Sets, device: torch.device
-) -> tuple[int, list[tuple[int, float]]]:
-    """Take the steps until done or interrupted; return their number and smoothed losses."""
-    batches = shuffled(sets.train, sets.pad, sets.limit, sets.size, args.seed)
-    done = 0
-    with Interrupt() as interrupt, Progress(args.steps, args.log_every, device) as progress:
-        for batch in islice(batches, args.steps):
+    args: argparse.Namespace, step: zograph.ZOStep, sets: Sets, earlier: Sequence[float]
+) -> tuple[int, list[tuple[int, float]], signal.Signals | None]:
+    """Take the steps until done or asked to stop.
+
+    Parameters
+    ----------
+    earlier
+        The losses of the steps that the log holds already.
+
+    Returns
+    -------
+    tuple
+        The steps of the run so far, smoothed losses, and the signal that asked.
+    """
+    done, device = len(earlier), step.options.device
+    batches = shuffled(sets.train, sets.pad, sets.limit, sets.size, args.seed, start=done)
+    signals = (signal.SIGINT, signal.SIGTERM) if args.log else (signal.SIGINT,)
+    with (
+        Interrupt(*signals) as interrupt,
+        Progress(args.steps, args.log_every, device, earlier) as progress,
+    ):
+        for batch in islice(batches, args.steps - done):
             if interrupt.asked:
                 break
-            if args.schedule == "linear":
-                step.lr = args.lr * (1 - done / args.steps)
+            step.lr = args.lr * (1 - done / args.steps) if args.schedule == "linear" else args.lr
             here: dict[str, Any] = {name: t.to(device) for name, t in batch.items()}
             loss = step(**here)
             done += 1
             progress.step(done, loss, step.lr)
-    return done, progress.history
+    return done, progress.history, interrupt.asked
 
 
 def show(when: str, scores: dict[str, Score]) -> None:
     """Print the scores of one moment."""
     for name, value in scores.items():
         print(f"{when:<8} {name.replace('_', '-'):<9} {value}", flush=True)
-
-
-def describe(
-    args: argparse.Namespace,
-    data: Dataset,
-    before: dict[str, Score],
-    after: dict[str, Score],
-    history: list[tuple[int, float]],
-) -> dict[str, Any]:
-    """Return what `zograph.json` says of a run."""
-    left_out = ("run", "command", "out", "overwrite", "draw")
-    settings = {k: v for k, v in vars(args).items() if k not in left_out}
-    return {
-        "zograph": zograph.__version__,
-        "settings": settings,
-        "classes": data.classes,
-        "split": data.split,
-        "before": {name: value.as_dict() for name, value in before.items()},
-        "after": {name: value.as_dict() for name, value in after.items()},
-        "loss": history,
-    }
-
-
-def save(
-    args: argparse.Namespace,
-    out: OutputFolder,
-    step: zograph.ZOStep,
-    loaded: Loaded,
-    sets: Sets,
-    record: dict[str, Any],
-) -> bool:
-    """Write the result, read it back, score it, and put the folder in its place.
-
-    Returns
-    -------
-    bool
-        Whether the model read back scores as the step did.
-    """
-    try:
-        step.save_pretrained(out.staging)
-        loaded.tokenizer.save_pretrained(out.staging)
-        storage = "host" if args.storage == "host" else "disk"
-        again = load(str(out.staging), args.task, record["classes"], storage=storage).model
-        device = step.options.device
-        held_out = in_order(sets.held_out, sets.pad, sets.limit, sets.size)
-        if storage == "host":
-            reloaded = score(again.to(device), held_out, device)
-        else:
-            choose_trainable(again, args.train)  # what is frozen is not fetched whole
-            with zograph.compile(again, memory=args.memory, device=device) as check:
-                reloaded = score(check.evaluate, held_out, device)
-        record["reloaded"] = {"held_out": reloaded.as_dict()}
-        text = json.dumps(record, indent=1) + "\n"
-        (out.staging / "zograph.json").write_text(text, encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"--out {args.out}: cannot be written: {reason}") from error
-    out.commit()
-    last = record["after"]["held_out"]
-    expected = Score(last["loss"], last["accuracy"], last["count"])
-    good = reloaded.agrees(expected, SAME[args.compute_dtype])
-    print(f"saved    {args.out}")
-    print(f"reloaded held-out  {reloaded}", "" if good else "\n         NOT the score above")
-    return good
-
-
-def draw(step: zograph.ZOStep, path: Path) -> None:
-    """Draw the step's graph; a failure is told, the result stays."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"drawn    {step.draw(path)}")
-    except OSError as error:
-        print(f"drawn    not: {error}", file=sys.stderr)

@@ -34,7 +34,7 @@ _PROBE = (_P, _P, _P, _I, _I)  # key, seed, eps, normal, threads
 _SIGNATURES = {
     "zg_materialize": (None, (_P, _P, _P, _I, _I, _L, *_TERMS, *_PROBE)),
     "zg_rows": (_L, (_P, _P, _P, _I, _I, _P, _I, _L, _L, _L, *_TERMS, *_PROBE)),
-    "zg_fold": (None, (_P, _I, _L, *_TERMS, _L, _P, _I, _I)),
+    "zg_fold": (None, (_P, _I, _L, *_TERMS, _L, _L, _P, _I, _I)),
     "zg_fill": (None, (_P, _I, _L, _L, _L, _L, _I, _I)),
 }
 
@@ -99,7 +99,7 @@ def perturb(
     terms : (seeds, coefs, scales)
         int64[r], float32[r], float32[r] or None for no decay.
     key : int
-        Address of the int64 key.
+        Address of two int64: the key, and the index of `base`'s first element.
 
     Raises
     ------
@@ -141,7 +141,12 @@ def perturb(
 
 
 def fold(
-    base: Tensor, terms: Terms, key: int, distribution: str, ends: Tensor | None = None
+    base: Tensor,
+    terms: Terms,
+    key: int,
+    distribution: str,
+    ends: Tensor | None = None,
+    first: int = 0,
 ) -> None:
     """Apply the terms to `base` in place.
 
@@ -151,6 +156,8 @@ def fold(
         The key itself.
     ends : Tensor or None
         bool[r]: terms behind which `base` is rounded; always behind the last.
+    first : int
+        Index of `base`'s first element.
     """
     assert _library is not None
     seeds, coefs, scales = terms
@@ -163,6 +170,7 @@ def fold(
         scales.data_ptr() if scales is not None else None,
         seeds.numel(),
         key,
+        first,
         ends.data_ptr() if ends is not None else None,
         distribution == "normal",
         torch.get_num_threads(),

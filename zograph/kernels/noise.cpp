@@ -293,15 +293,16 @@ void parallel(int64_t n, int64_t grain, int threads, bool serial, F f, int chunk
 }
 
 template <bool N>
-void fold(void* base, int type, int64_t n, const Terms& t, const uint8_t* ends, int threads) {
+void fold(void* base, int type, int64_t n, int64_t first, const Terms& t, const uint8_t* ends,
+          int threads) {
   const int64_t terms = (int64_t)t.words.size();
   parallel(n, TILE, threads, n * terms < SERIAL, [&](int64_t a, int64_t e) {
     alignas(64) float w[TILE];
     for (int64_t i = a; i < e;) {
-      const int k = (int)std::min({e - i, TILE, room(i)});
+      const int k = (int)std::min({e - i, TILE, room(first + i)});
       const float* x = load(base, type, i, k, w);
       float* out = type == F32 ? (float*)base + i : w;
-      store(apply<N>(x, out, k, i, t, type, ends), k, base, type, i);
+      store(apply<N>(x, out, k, first + i, t, type, ends), k, base, type, i);
       i += k;
     }
   }, terms < 8 ? 8 : 1);
@@ -328,14 +329,18 @@ template <bool N> void fill(void* out, int type, int64_t n, int64_t first, Words
 
 extern "C" {
 
+// `key` points at two numbers: the noise key, and the index of the first element of `base`.
+
 void zg_materialize(const void* base, void* plus, void* minus, int base_t, int out_t, int64_t n,
                     const int64_t* seeds, const float* coefs, const float* scales, int64_t r,
                     const int64_t* key, const int64_t* seed, const float* eps, int normal,
                     int threads) {
   const Job j{base, plus, minus, base_t, out_t, Terms(seeds, coefs, scales, r, *key),
               stream_words(*seed, *key), *eps};
+  const int64_t first = key[1];
   parallel(n, TILE, threads, n * (r + 1) < SERIAL, [&](int64_t a, int64_t e) {
-    if (normal) span<true>(j, a, a, a, e - a); else span<false>(j, a, a, a, e - a);
+    if (normal) span<true>(j, first + a, a, a, e - a);
+    else span<false>(j, first + a, a, a, e - a);
   });
 }
 
@@ -354,20 +359,20 @@ int64_t zg_rows(const void* base, void* plus, void* minus, int base_t, int out_t
               stream_words(*seed, *key), *eps};
   parallel(count, 1, threads, count * width * (r + 1) < SERIAL, [&](int64_t a, int64_t e) {
     for (int64_t i = a; i < e; i++) {
-      const int64_t at = row(i) * width;
-      if (normal) span<true>(j, at, at, i * width, width);
-      else span<false>(j, at, at, i * width, width);
+      const int64_t at = row(i) * width, first = key[1] + at;
+      if (normal) span<true>(j, first, at, i * width, width);
+      else span<false>(j, first, at, i * width, width);
     }
   });
   return -1;
 }
 
 void zg_fold(void* base, int type, int64_t n, const int64_t* seeds, const float* coefs,
-             const float* scales, int64_t r, int64_t key, const uint8_t* ends, int normal,
-             int threads) {
+             const float* scales, int64_t r, int64_t key, int64_t first, const uint8_t* ends,
+             int normal, int threads) {
   const Terms t(seeds, coefs, scales, r, key);
-  if (normal) fold<true>(base, type, n, t, ends, threads);
-  else fold<false>(base, type, n, t, ends, threads);
+  if (normal) fold<true>(base, type, n, first, t, ends, threads);
+  else fold<false>(base, type, n, first, t, ends, threads);
 }
 
 void zg_fill(void* out, int type, int64_t n, int64_t first, int64_t seed, int64_t key, int normal,

@@ -108,6 +108,7 @@ def _sweep(
     distribution: str,
     compiled: bool | None,
     ends: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> None:
     """Per tile of flat `base`: the terms, the base dtype's rounding, then outs or base itself."""
     n, (tile, chosen) = base.numel(), _plan(base.numel(), base.device)
@@ -120,7 +121,7 @@ def _sweep(
         pad = compiled and b - a < tile
         source = base[a:b]
         w = (_padded(source, tile) if pad else source).to(_work_dtype(base.dtype), copy=True)
-        start = starts[2 * i]
+        start = starts[2 * i] if first is None else starts[2 * i] + first
         for j in range(seeds.numel()):
             scale = None if scales is None else scales[j]
             term_(w, start, seeds[j], key, coefs[j], scale, distribution)
@@ -150,6 +151,7 @@ def perturb(
     eps: Tensor,
     distribution: str,
     *,
+    first: Tensor | None = None,
     compiled: bool | None = None,
 ) -> None:
     """Write base + terms +/- eps z into `plus` and `minus` (either may be None).
@@ -162,12 +164,14 @@ def perturb(
         int64[r], float32[r], float32[r] or None for no decay.
     key, seed, eps : Tensor
         0-dim int64, int64, float32.
+    first : Tensor, optional
+        0-dim int64: the index of `base`'s first element.
     compiled : bool, optional
         Force compiled or eager tiles.  Default: compiled on CUDA where Triton is installed.
     """
     outs = tuple(None if out is None else out.view(-1) for out in (plus, minus))
     flat = (outs[0], outs[1])
-    _sweep(base.view(-1), flat, terms, key, (seed, eps), distribution, compiled)
+    _sweep(base.view(-1), flat, terms, key, (seed, eps), distribution, compiled, None, first)
 
 
 def apply_terms_(
@@ -177,10 +181,12 @@ def apply_terms_(
     distribution: str,
     ends: Tensor | None = None,
     *,
+    first: Tensor | None = None,
     compiled: bool | None = None,
 ) -> None:
     """Apply the terms to contiguous `base` in place, rounding to its dtype at `ends` and last."""
-    _sweep(base.view(-1), (None, None), terms, key, None, distribution, compiled, ends)
+    flat = base.view(-1)
+    _sweep(flat, (None, None), terms, key, None, distribution, compiled, ends, first)
 
 
 def perturb_rows(
@@ -193,6 +199,8 @@ def perturb_rows(
     seed: Tensor,
     eps: Tensor,
     distribution: str,
+    *,
+    first: Tensor | None = None,
 ) -> None:
     """`perturb` for the rows `index` of `base`, eager, as many rows at a time as fill a tile.
 
@@ -210,6 +218,8 @@ def perturb_rows(
             message = f"row index {int(bad[0])} is out of range for a tensor of {height} rows"
             raise IndexError(message)
     columns = torch.arange(width, device=base.device)
+    if first is not None:
+        columns = columns + first
     outs = [None if out is None else out.view(rows.numel(), width) for out in (plus, minus)]
     seeds, coefs, scales = terms
     step = max(1, TILE // max(width, 1))

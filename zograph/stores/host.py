@@ -23,9 +23,9 @@ class HostStore(Store):
     Parameters
     ----------
     tensors
-        Gives a parameter by name.
+        Gives a parameter by its name in the model.
     table
-        The model's parameters, in its order.
+        The model's parameters, in its order; some in pieces.
     pinned
         Move the parameters into one slab of pinned memory of exactly their size (each rounded
         up to whole pages), for copies to a GPU that run beside its work.
@@ -56,7 +56,8 @@ class HostStore(Store):
             self._pinned = self._pin(cudart)
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self._tensors(name).detach()
+        info = self._table[name]
+        return info.view(self._tensors(info.parameter).detach())
 
     def read(self, name: str, buffer: torch.Tensor) -> int:
         info = self._table[name]
@@ -85,13 +86,15 @@ class HostStore(Store):
 
         In this order the model and the slab are never both in memory as a whole.
         """
-        slab = page_aligned(sum(padded(info.bytes) for info in self._table.values()))
+        parameters = {i.parameter: self._tensors(i.parameter) for i in self._table.values()}
+        slab = page_aligned(sum(padded(p.nbytes) for p in parameters.values()))
         start, ranges = 0, [0]
-        for name, info in self._table.items():
-            place, parameter = as_tensor(info, slab[start:]), self._tensors(name)
+        for parameter in parameters.values():
+            place = slab[start : start + parameter.nbytes].view(parameter.dtype)
+            place = place.view(parameter.shape)
             place.copy_(parameter.detach())
             parameter.data = place
-            start += padded(info.bytes)
+            start += padded(parameter.nbytes)
             if start - ranges[-1] >= CHUNK:
                 ranges.append(start)
         cuts = [*ranges, slab.numel()]

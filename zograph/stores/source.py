@@ -50,11 +50,11 @@ class TensorSource(Source):
         self._tensors = tensors
 
     def read(self, info: ParamInfo, buffer: torch.Tensor) -> int:
-        as_tensor(info, buffer).copy_(self._tensors(info.name).detach())
+        as_tensor(info, buffer).copy_(info.view(self._tensors(info.parameter).detach()))
         return 0
 
     def read_rows(self, info: ParamInfo, rows: torch.Tensor, out: torch.Tensor) -> int:
-        torch.index_select(self._tensors(info.name).detach(), 0, rows, out=out)
+        torch.index_select(info.view(self._tensors(info.parameter).detach()), 0, rows, out=out)
         return 0
 
 
@@ -66,10 +66,10 @@ class RecipeSource(Source):
         self.storage = storage
 
     def read(self, info: ParamInfo, buffer: torch.Tensor) -> int:
-        return fill(self._values[info.name].detach(), as_tensor(info, buffer))
+        return fill(info.view(self._values[info.parameter].detach()), as_tensor(info, buffer))
 
     def read_rows(self, info: ParamInfo, rows: torch.Tensor, out: torch.Tensor) -> int:
-        return fill_rows(self._values[info.name].detach(), rows, out)
+        return fill_rows(info.view(self._values[info.parameter].detach()), rows, out)
 
 
 @dataclass(frozen=True)

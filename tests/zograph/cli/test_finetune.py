@@ -297,7 +297,7 @@ def test_a_model_that_reads_back_differently_is_told(
 def test_help_answers_without_transformers() -> None:
     code = "import sys, zograph.cli as c; c.build_parser(); sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-    for command in ([], ["finetune"], ["draw"], ["bench", "step"]):
+    for command in ([], ["finetune"], ["log"], ["draw"], ["bench", "step"]):
         shown = subprocess.run(
             [sys.executable, "-m", "zograph", *command, "--help"], capture_output=True, check=True
         )

@@ -45,7 +45,7 @@ def read(name):
     store.read(name, buffer)
     return as_tensor(table[name], buffer)
 
-save_streamed(model, read, Path(sys.argv[2]), table)
+save_streamed(model, read, Path(sys.argv[2]))
 print(moved, peak() - start, max(p.bytes for p in table.values()))
 """
 
