@@ -17,6 +17,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from zograph.errors import ModelError, StoreError
+from zograph.loading import quiet
 from zograph.stores.checkpoint import INDEX, SINGLE
 from zograph.stores.files import bytes_of, write_range
 from zograph.stores.header import CODES, Entry, build_header
@@ -86,7 +87,8 @@ def save_streamed(
     with _staged(folder) as staging:
         own = getattr(model, "save_pretrained", None)
         if callable(own):
-            own(staging, state_dict={})  # everything but weights
+            with quiet():
+                own(staging, state_dict={})  # everything but weights
             for path in staging.glob("*.safetensors*"):
                 path.unlink()
         else:

@@ -85,7 +85,7 @@ def from_pretrained(
         )
     model_class, config = choose_class(auto, config)
     mismatches = bool(rest.pop("ignore_mismatched_sizes", False))
-    with _quiet():
+    with quiet():
         model, info = model_class.from_pretrained(
             None,
             config=config,
@@ -160,7 +160,7 @@ def choose_class(auto: Any, config: Any) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Show no progress bar of a loading that loads nothing."""
     import transformers
 

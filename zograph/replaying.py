@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from zograph import codec
 from zograph.errors import LogError, ModelError, OptionError, StoreError
 from zograph.export import origins, save_streamed
+from zograph.formats import with_format
 from zograph.history import History, Terms
 from zograph.ir import ParamInfo
 from zograph.loading import from_pretrained, locate
 from zograph.output import OutputFolder
 from zograph.parameters import parameter_table
+from zograph.pieces import cut_tables
 from zograph.seedlog import LogFile, LogHeader, read_log
-from zograph.seedlog.identity import check_base, start_of
+from zograph.seedlog.identity import check_base, option_of, start_of
 from zograph.stores.base import padded, page_aligned
 from zograph.stores.extents import fingerprint
 from zograph.stores.source import TensorSource, as_tensor, source_of
@@ -77,24 +80,41 @@ def replay(
     StoreError
         If log or base cannot be read.
     """
-    out = Path(out).expanduser()
     logged = read_log(log, warn=False)
     if logged.torn:
-        warnings.warn(
-            f"{logged.path}: its last {logged.torn} bytes are no whole record and are left out; it "
-            f"ends with {len(logged)} steps.",
-            stacklevel=2,
-        )
+        warnings.warn(torn(logged), stacklevel=2)
+    check_until(logged, until)
+    base = model if isinstance(model, nn.Module) else load_base(model, logged.header)
+    return rebuild(base, logged, until, Path(out).expanduser(), overwrite=overwrite)
+
+
+def rebuild(
+    base: nn.Module,
+    logged: LogFile,
+    until: int | None,
+    out: Path,
+    *,
+    overwrite: bool,
+    tokenizer: Any = None,
+) -> Path:
+    """Do what :func:`replay` does, of what it has loaded.
+
+    Parameters
+    ----------
+    tokenizer
+        Goes into `out` too; without one, the files of the base's folder are copied.
+    """
     steps = check_until(logged, until)
+    protect(out, {logged.path.resolve(), *origins(base)})
     with OutputFolder(out, overwrite=overwrite) as result:
-        base = model if isinstance(model, nn.Module) else load_base(model, logged.header)
-        protect(out, {logged.path.resolve(), *origins(base)})
         table = parameter_table(base)
         now = dataclasses.replace(logged.header, **start_of(base, table))
         check_base(logged.path, logged.header, now)
         values = Replayed(base, table, logged, steps)
         try:
             save_streamed(base, values.read, result.staging)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(result.staging)
             for folder in origins(base):
                 copy_tokenizer(folder, result.staging)
         except StoreError:
@@ -103,6 +123,14 @@ def replay(
             raise OptionError(f"out {out}: cannot be written: {e.strerror or e}") from e
         result.commit()
     return out
+
+
+def torn(logged: LogFile) -> str:
+    """Say that a log's last record is left out."""
+    return (
+        f"{logged.path}: its last {logged.torn} bytes are no whole record and are left out; it "
+        f"ends with {len(logged)} steps."
+    )
 
 
 def copy_tokenizer(folder: Path, into: Path) -> None:
@@ -195,8 +223,12 @@ class Replayed:
     ) -> None:
         self._source = source_of(model) or TensorSource(dict(model.named_parameters()).__getitem__)
         self._table = table
-        self._distribution = str(logged.header.options["distribution"])
-        self._history = History(int(logged.header.options["fold_every"]))
+        options = logged.header.options
+        self._distribution = str(options["distribution"])
+        self._rounding = str(options.get("rounding", "nearest"))
+        dtype = option_of("transfer_dtype", options.get("transfer_dtype"))
+        self._stored = with_format(cut_tables(table), dtype)
+        self._history = History(int(options["fold_every"]))
         self._history.restore(*logged.terms(steps))
 
     def read(self, name: str) -> torch.Tensor:
@@ -206,10 +238,32 @@ class Replayed:
         self._source.read(param, buffer)
         weight = as_tensor(param, buffer)
         owed = self._history.since(0, param.key) if param.trainable else None
-        if owed is not None:
+        parts = [p for p in self._stored.values() if p.parameter == name]
+        if parts[0].format is not None:
+            for part in parts:
+                self._decode(part, part.view(weight), owed)
+        elif owed is not None:
             for terms, ends in portions(param, *owed):
                 fold_terms(weight, param, terms, ends, self._distribution)
         return weight
+
+    def _decode(
+        self, part: ParamInfo, weight: torch.Tensor, owed: tuple[Terms, torch.Tensor | None] | None
+    ) -> None:
+        """Turn first values into those that a run has which stores them in a format."""
+        assert part.format is not None
+        stored = part.format.empty(part.shape, weight.device)
+        codec.encode(weight, part.format, stored)
+        terms, ends = codec.NOTHING, None
+        if owed is not None:
+            given, ends = owed
+            terms = (given.seeds, given.coefs, given.scales if part.decay else None)
+            ends = torch.zeros(len(given.seeds), dtype=torch.bool) if ends is None else ends.clone()
+            ends[-1:] |= self._history.is_fold_point(self._history.newest, part.key)
+        codec.decode(
+            stored, part.format, weight, terms, part.key, first=part.first,
+            ends=ends, rounding=self._rounding, distribution=self._distribution,
+        )  # fmt: skip
 
 
 def portions(

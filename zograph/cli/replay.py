@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 from zograph.cli.inputs import integer
+
+EPILOG = """\
+Of a run of zograph finetune, --task, --train and the seed of a new head are found in the file
+beside its log; name the --classes of a new head in their order. Other runs are replayed with the
+class that config.json names, or one of transformers' auto classes, whichever fits the log.
+"""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,6 +23,7 @@ def add_parser(subparsers: Any) -> None:
         help="rebuild the weights of a run from its base and its seed log",
         description="Write the model that a run had reached after some of its steps, bit for bit, "
         "from the model that it started from and its seed log. No forward pass is run.",
+        epilog=EPILOG,
     )
     parser.set_defaults(run=run)
     parser.add_argument("base", metavar="BASE", help="a folder, a hub id or builtin:minilm")
@@ -28,27 +34,34 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the model")
     parser.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
     parser.add_argument(
-        "--train", metavar="REGEX", help="as the run had it: names of trained parameters"
+        "--train", metavar="REGEX", help="which parameters the run trained (default: as found)"
     )
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="of a new classifier")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
-    import zograph
-    from zograph.cli.models import choose_trainable, locate
-    from zograph.replaying import check_until, load_base
+    from zograph.cli.models import choose_trainable, load, locate, own_classes
+    from zograph.cli.resuming import beside, read_beginning
+    from zograph.replaying import check_until, load_base, rebuild, torn
     from zograph.seedlog import read_log
 
     logged = read_log(args.log, warn=False)
+    if logged.torn:
+        print(f"warning  {torn(logged)}")
     steps = check_until(logged, args.until)
-    model = load_base(locate(args.base), logged.header)
-    choose_trainable(model, args.train)
+    begun = read_beginning(logged) if beside(logged.path).exists() else None
+    if begun is None:
+        model, tokenizer, train = load_base(locate(args.base), logged.header), None, args.train
+    else:
+        classes = args.classes or own_classes(args.base) or ["0", "1"]
+        task, seed = begun.settings["task"], begun.settings["seed"]
+        loaded = load(args.base, task, classes, seed=seed, storage="disk")
+        model, tokenizer = loaded.model, loaded.tokenizer
+        train = begun.settings["train"] if args.train is None else args.train
+    choose_trainable(model, train)
     started = time.perf_counter()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        zograph.replay(model, args.log, out=args.out, until=args.until, overwrite=args.overwrite)
-    for warning in caught:
-        print(f"warning  {warning.message}")
+    rebuild(model, logged, steps, args.out, overwrite=args.overwrite, tokenizer=tokenizer)
     print(f"replayed {steps} of {len(logged)} steps in {time.perf_counter() - started:.1f} s")
     print(f"saved    {args.out}")
     return 0
