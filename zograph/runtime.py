@@ -247,6 +247,12 @@ class Runner:
         """Start and end in seconds of each task's last run."""
         return {} if self._session is None else self._session.measured
 
+    @property
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes that each transfer stream has moved since the schedule was started."""
+        moved = {} if self.slots is None else self.slots.moved_bytes
+        return {str(s): n for s, n in moved.items() if s != Stream.COMPUTE}
+
     def _streaming(self) -> Session:
         """Return the running schedule; start it where it is not."""
         schedule, layout = self.program.schedule, self.program.layout

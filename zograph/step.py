@@ -99,6 +99,11 @@ class ZOStep:
         return self._last_compiled().runner.measured
 
     @property
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes that each transfer stream has moved since :meth:`synchronize` or the first step."""
+        return self._last_compiled().runner.moved_bytes
+
+    @property
     def schedule(self) -> Schedule:
         """When the tasks of the last used capture run: order, events, slots, timeline.
 
