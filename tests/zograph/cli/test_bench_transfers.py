@@ -27,7 +27,7 @@ def test_bytes_fall_by_format_and_period(
     plain, elided, narrow, both = rows
     assert plain["loss"] == elided["loss"] == 0
     assert 0 < max(narrow["loss"], both["loss"]) < 1e-2
-    assert elided["read"] == plain["read"]
+    assert elided["read"] == pytest.approx(plain["read"], rel=0.1)  # some is fetched ahead
     assert elided["written"] == pytest.approx(plain["written"] / 4, rel=0.3)
     assert narrow["read"] == pytest.approx(plain["read"] / 2, rel=0.2)
     assert both["read"] == pytest.approx(plain["read"] * 132 / 512, rel=0.2)
