@@ -56,6 +56,8 @@ class PassContext:
         Steps from one write of a streamed weight to the next.
     cut
         Most bytes of weights that a stage may hold where it can be cut; None: whole blocks.
+    rounding
+        Of weights to the format that they are stored in, if they have one.
     by_rows
         Weights are streamed, and rows of a stored table can be read on their own.
     layout
@@ -70,6 +72,7 @@ class PassContext:
     directions: int = 1
     fold_every: int = 1
     cut: int | None = None
+    rounding: str = "nearest"
     by_rows: bool = False
     layout: Layout | None = None
     lowered: dict[Any, Any] = field(default_factory=dict)

@@ -62,7 +62,6 @@ class Chunk(Pass):
     contract: ClassVar[Contract] = Contract(
         requires=frozenset({"normalized"}),
         provides=frozenset({"chunked"}),
-        forbids=frozenset({"partitioned"}),
         numerics="reassociates",
     )
 
@@ -92,11 +91,11 @@ class Chunk(Pass):
 
 
 def is_frozen(gm: fx.GraphModule, table: fx.Node) -> bool:
-    """Whether no step moves a table."""
-    params = info(gm).params
+    """Whether no step moves a table, and its rows can be read as they are stored."""
     bare = [p if meta(p).kind == Kind.PARAMETER else p.all_input_nodes[0]
             for p in pieces_of(table) or ()]  # fmt: skip
-    return not any(params[str(meta(n).name)].trainable for n in bare)
+    params = [info(gm).params[str(meta(n).name)] for n in bare]
+    return not any(p.trainable or p.format for p in params)
 
 
 def emit(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -33,7 +33,8 @@ class Gather(Pass):
     Requires: ``outlined``. Ensures: fact ``gathered``; where the context says that weights are
     streamed and rows can be read, no stage takes a frozen table of which it only looks up rows
     that an input or an earlier stage names, in pieces or not. A trainable table is updated whole,
-    so it is fetched whole. Numerics: bitwise. Cost: reads rows instead of a table. Raises: nothing.
+    so it is fetched whole; so is one that is stored in a format, whose rows may share a scale.
+    Numerics: bitwise. Cost: reads rows instead of a table. Raises: nothing.
     """
 
     name: ClassVar[str] = "gather"
@@ -91,10 +92,11 @@ def gather_in(gm: fx.GraphModule, name: str, calls: list[fx.Node]) -> int:
 
 
 def is_frozen(gm: fx.GraphModule, arg: object) -> bool:
-    """Whether a stage's argument is a parameter that no step moves."""
+    """Whether a stage's argument is a parameter that no step moves, stored as it is."""
     if not isinstance(arg, fx.Node) or meta(arg).kind != Kind.PARAMETER:
         return False
-    return not info(gm).params[str(meta(arg).name)].trainable
+    param = info(gm).params[str(meta(arg).name)]
+    return not param.trainable and param.format is None
 
 
 def is_lookup(node: fx.Node, table: fx.Node, place: dict[fx.Node, int]) -> bool:

@@ -16,7 +16,7 @@ from zograph.layout import Layout
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
 from zograph.schedule import Stream, Task, Unit
 from zograph.stores.base import padded
-from zograph.transfers import FETCH, FOLD, RELEASE, WRITEBACK, weight_names
+from zograph.transfers import DECODE, ENCODE, FETCH, FOLD, RELEASE, WRITEBACK, weight_names
 
 STAGING_DEPTH = 2
 """Buffers between host memory and a disk, in each direction, where a GPU computes."""
@@ -87,6 +87,8 @@ class Tasks:
     def capacity(self) -> dict[str, int]:
         """Return the bytes of each arena."""
         found = {"device": self.layout.slots}
+        if any(u.arena == "decoded" for u in self.units.values()):
+            found["decoded"] = self.layout.decoded
         staging = [u.bytes for u in self.units.values() if u.arena == "staging"]
         return found | ({"staging": 2 * STAGING_DEPTH * max(staging)} if staging else {})
 
@@ -95,7 +97,7 @@ class Tasks:
         stage = meta(node).stage
         if node.target is FETCH:
             names = weight_names(node)
-            sizes = [padded(self.params[n].bytes) for n in names]
+            sizes = [padded(self.params[n].stored_bytes) for n in names]
             self.units[unit(stage)] = Unit(unit(stage), "device", sum(sizes))
             return self.add_fetch(node, unit(stage), names, before)
         if node.target is FOLD:
@@ -103,17 +105,51 @@ class Tasks:
             terms = mean_terms(self.directions, self.layout.fold_every)
             count = round(terms * sum(self.numel(n) for n in names))
             seconds = self.layout.spec.seconds((), fold=count)
-            held = (unit(stage),) if unit(stage) in self.units else ()
-            return self.task(node, f"fold {stage}", Stream.COMPUTE, seconds, before, writes=held)
+            slot = (unit(stage),) if unit(stage) in self.units else ()
+            return self.task(node, f"fold {stage}", Stream.COMPUTE, seconds, before, writes=slot)
+        if node.target is DECODE:
+            return self.add_decode(node, before)
+        if node.target is ENCODE:
+            return self.add_encode(node, before)
         if node.target is WRITEBACK:
             return self.add_write(node, unit(stage), weight_names(node), before)
         if meta(node).kind == Kind.STAGE:
             assert stage is not None
             cost = self.uses[stage].cost
             seconds = self.layout.spec.seconds(cost.work, noise=cost.noise)
-            held = (unit(stage),) if unit(stage) in self.units else ()
+            held = tuple(u for u in (unit(stage), decoded(stage)) if u in self.units)
             return self.task(node, f"body {stage}", Stream.COMPUTE, seconds, before, reads=held)
         return before
+
+    def add_decode(self, node: fx.Node, before: tuple[str, ...]) -> tuple[str, ...]:
+        """Add a weight to what a stage decodes, in memory of the stage's own."""
+        stage, (name,) = meta(node).stage, weight_names(node)
+        own, task, param = decoded(stage), f"decode {stage}", self.params[name]
+        size, seconds = 0, 0.0
+        if task in self.dag:
+            size, seconds = self.units[own].bytes, self.dag.nodes[task]["task"].seconds
+        self.units[own] = Unit(own, "decoded", size + padded(param.bytes))
+        terms = mean_terms(self.directions, self.layout.fold_every) if param.trainable else 0
+        moved = (str(param.dtype).removeprefix("torch."), 0, param.bytes + param.stored_bytes)
+        seconds += self.layout.spec.seconds((moved,), fold=round(terms * self.numel(name)))
+        held = (unit(stage),) if unit(stage) in self.units else ()
+        fields = {"fills": own, "reads": held}
+        return self.task(
+            self.nodes.get(task, node), task, Stream.COMPUTE, seconds, before, **fields
+        )
+
+    def add_encode(self, node: fx.Node, before: tuple[str, ...]) -> tuple[str, ...]:
+        """Add a weight to what a stage encodes, into its slot or where the weight stands."""
+        stage, (name,) = meta(node).stage, weight_names(node)
+        task, param = f"encode {stage}", self.params[name]
+        seconds = self.dag.nodes[task]["task"].seconds if task in self.dag else 0.0
+        moved = (str(param.dtype).removeprefix("torch."), 0, param.bytes + param.stored_bytes)
+        seconds += self.layout.spec.seconds((moved,)) / self.layout.fold_every
+        held = (unit(stage),) if unit(stage) in self.units else ()
+        fields = {"writes": held, "reads": (decoded(stage),)}
+        return self.task(
+            self.nodes.get(task, node), task, Stream.COMPUTE, seconds, before, **fields
+        )
 
     def fetch_at_once(
         self, node: fx.Node, name: str, cells: tuple[str, ...], before: tuple[str, ...]
@@ -186,6 +222,11 @@ class Tasks:
 
     def numel(self, name: str) -> int:
         return self.params[name].bytes // self.params[name].dtype.itemsize
+
+
+def decoded(stage: int | str | None) -> str:
+    """Name the memory of what a stage decodes."""
+    return f"{stage} decoded"
 
 
 def unit(stage: int | None) -> str:

@@ -9,11 +9,13 @@ import torch
 from zograph.ir import ParamInfo
 from zograph.schedule import Schedule
 from zograph.stores.base import padded
-from zograph.weights import typed
+from zograph.stores.source import as_stored, as_tensor
 
 
 class Arena:
     """One buffer for the slots of a schedule; every parameter starts on a page.
+
+    Slots hold weights as they are stored; with `decoded`, as stages take them.
 
     Parameters
     ----------
@@ -33,17 +35,21 @@ class Arena:
         schedule: Schedule,
         weights: Mapping[str, tuple[str, ...]],
         params: Mapping[str, ParamInfo],
+        *,
+        decoded: bool = False,
     ) -> None:
+        view = as_tensor if decoded else as_stored
         self.bytes = buffer.numel()
         self._raw: dict[tuple[str, str], torch.Tensor] = {}
         self._typed: dict[tuple[str, str], torch.Tensor] = {}
         for slot, names in weights.items():
             at = schedule.offsets[slot]
             for name in names:
-                raw = buffer[at : at + padded(params[name].bytes)]
+                nbytes = params[name].bytes if decoded else params[name].stored_bytes
+                raw = buffer[at : at + padded(nbytes)]
                 self._raw[slot, name] = raw
-                self._typed[slot, name] = typed(raw, params[name])
-                at += padded(params[name].bytes)
+                self._typed[slot, name] = view(params[name], raw)
+                at += padded(nbytes)
             end = schedule.offsets[slot] + schedule.units[slot].bytes
             assert at == end <= self.bytes, f"slot {slot} exceeds the arena"
 
@@ -52,5 +58,5 @@ class Arena:
         return self._raw[slot, name]
 
     def weight(self, slot: str, name: str) -> torch.Tensor:
-        """Return a parameter in a slot, in its own shape and dtype."""
+        """Return a parameter in a slot, in its own shape and dtype; its bytes, if encoded."""
         return self._typed[slot, name]

@@ -14,6 +14,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from zograph.errors import OptionError
+from zograph.formats import parse_transfer_dtype
 from zograph.options import BACKENDS, Options, device_memory, one_of, parse_memory, pick_device
 from zograph.pipeline import Pipeline, default_passes
 from zograph.seedlog import read_log
@@ -33,6 +34,8 @@ def compile(
     compute_dtype: torch.dtype | None = None,
     memory: int | float | str | None = None,
     storage: str | Path = "host",
+    transfer_dtype: torch.dtype | str | None = None,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
     fold_every: int | Literal["auto"] = 1,
     method: Literal["zo-sgd"] = "zo-sgd",
     directions: int = 1,
@@ -82,6 +85,14 @@ def compile(
         in a fresh folder of the working directory, removed at the end; with `log`, the folder
         named as the log with ``.work`` behind, kept) or the path of a work folder, which is kept.
         A model of :func:`zograph.from_pretrained` lives on the disk.
+    transfer_dtype
+        Store and move weights of two or more dimensions in this format: bfloat16, float16,
+        float8_e4m3fn, float8_e5m2 or int8 (a float32 scale for every 128 elements); weights no
+        wider than it keep their dtype. It changes numbers: a weight is what its stored form says,
+        and its pending updates, wherever it is. Use it with `fold_every`, or small updates are
+        rounded away. None: stored as they are.
+    rounding
+        Of a weight to `transfer_dtype`, at its fold points: ``"nearest"`` or ``"stochastic"``.
     fold_every
         Write a streamed weight back every so many steps only; in between it is its stored base
         and pending terms, which each visit applies anew. ``"auto"`` weighs the disk's write rate
@@ -117,7 +128,8 @@ def compile(
     OptionError
         If an option is unknown or out of range.
     ModelError
-        If the model has no trainable parameter, or one that is not real floating.
+        If the model has no trainable parameter, or one that is not real floating, or a weight to
+        store in `transfer_dtype` is NaN.
     StoreError
         If the work folder or the log cannot be used: read-only, in use by another run, or of
         another run.
@@ -191,6 +203,7 @@ def make_options(
     backend: Literal["inductor", "eager"],
     memory: int | float | str | None,
     log: str | Path | None,
+    transfer_dtype: torch.dtype | str | None,
     **rest: Any,
 ) -> Options:
     """Turn what a user writes into options.
@@ -208,6 +221,7 @@ def make_options(
         backend=usable_backend(backend),
         memory=parse_memory(memory, device_memory(chosen)),
         log=None if log is None else Path(log).expanduser(),
+        transfer_dtype=parse_transfer_dtype(transfer_dtype, chosen),
         **rest,
     )
 

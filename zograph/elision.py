@@ -41,8 +41,8 @@ def step_seconds(
     spec = layout.spec
     visits = [n for u in layout.uses for n in u.weights if n not in layout.resident]
     written = {n for n in visits if params[n].trainable}
-    read_bytes = sum(params[n].bytes for n in visits)
-    written_bytes = sum(params[n].bytes for n in written) / period
+    read_bytes = sum(params[n].stored_bytes for n in visits)
+    written_bytes = sum(params[n].stored_bytes for n in written) / period
     disk = layout.tier == "disk"
     reading, writing = (spec.read, spec.write) if disk else (spec.to_device, spec.to_host)
     both = spec.disk_both if disk else spec.link_both

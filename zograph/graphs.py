@@ -170,6 +170,7 @@ class Graphs:
             compute_dtype=options.compute_dtype,
         )
         seconds = time.perf_counter() - start
+        info(found.gm).params.update(self.weights.table)
         for name, tensor in found.constants.items():
             self.weights.constants[name] = tensor.to(options.device)
         bounds = find_bounds(found.gm)
@@ -214,7 +215,13 @@ class Graphs:
         o = self.options
         period = self.weights.history.every if self.decided else PERIODS[-1]
         return PassContext(
-            o.distribution, o.backend, o.directions, period, by_rows=self.by_rows, **more
+            o.distribution,
+            o.backend,
+            o.directions,
+            period,
+            rounding=o.rounding,
+            by_rows=self.by_rows,
+            **more,
         )
 
     def _plan(self, captured: Captured, passes: Pipeline, frames: Frames) -> Layout:

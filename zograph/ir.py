@@ -27,6 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
+from zograph.formats import Format
+
 if TYPE_CHECKING:
     from zograph.layout import Layout
     from zograph.schedule import Schedule
@@ -85,6 +87,8 @@ class ParamInfo:
     """Of a piece (:mod:`zograph.pieces`): the parameter that it holds rows of."""
     row: int = 0
     """Of a piece: the first of them."""
+    format: Format | None = None
+    """What it is stored and moved in; None: its own dtype."""
 
     @property
     def bytes(self) -> int:
@@ -106,6 +110,13 @@ class ParamInfo:
         if self.of is None:
             return parameter
         return parameter[self.row : self.row + self.shape[0]]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the stored base in bytes: what transfers move."""
+        if self.format is None:
+            return self.bytes
+        return self.format.nbytes(self.bytes // self.dtype.itemsize)
 
 
 @dataclass(slots=True)

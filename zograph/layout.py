@@ -54,6 +54,8 @@ class Layout:
     uses: tuple[StageUse, ...] = field(repr=False)
     fold_every: int = 1
     """Steps from one write of a streamed weight to the next."""
+    decoded: int = 0
+    """Bytes in which a stage's weights are decoded; 0 where none is stored in a format."""
 
     @property
     def peak(self) -> int:
@@ -63,7 +65,7 @@ class Layout:
     @property
     def device_bytes(self) -> int:
         """Bytes of the device that a step takes."""
-        return self.fixed + self.held + self.slots + self.peak
+        return self.fixed + self.held + self.slots + self.decoded + self.peak
 
     def room_for_copies(self, stage: int) -> int:
         """Return the bytes of perturbed copies that may be kept all through a stage."""

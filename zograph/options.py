@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from zograph.errors import OptionError, PipelineError
+from zograph.formats import ROUNDINGS
 from zograph.noise import DISTRIBUTIONS
 from zograph.pipeline import Pipeline
 
@@ -48,12 +49,21 @@ class Options:
     """Where the seed log is written."""
     fsync_every: int = 1
     """Records between two flushes of the log; 0: the operating system decides."""
+    transfer_dtype: torch.dtype | None = None
+    """What weights of two or more dimensions are stored and moved in; None: their own dtype."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How weights are rounded to `transfer_dtype` at their fold points."""
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
         one_of("distribution", self.distribution, DISTRIBUTIONS)
         one_of("backend", self.backend, BACKENDS)
         one_of("on_nan", self.on_nan, ON_NAN)
+        one_of("rounding", self.rounding, ROUNDINGS)
+        if self.rounding != "nearest" and self.transfer_dtype is None:
+            raise OptionError(
+                f"rounding={self.rounding!r} is about stored weights: pass transfer_dtype too."
+            )
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise OptionError(f"eps is {self.eps}; it must be positive, usually 1e-3.")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):

@@ -13,6 +13,7 @@ from zograph import schedule as scheduling
 from zograph.capture import capture
 from zograph.device import DeviceSpec
 from zograph.errors import CaptureError
+from zograph.formats import parse_transfer_dtype, with_format
 from zograph.ir import ParamInfo, clone, info
 from zograph.layout import Layout, Tier
 from zograph.observers import Observers
@@ -35,6 +36,7 @@ def plan(
     auto_class: Any = None,
     loss_fn: Any = None,
     directions: int = 1,
+    transfer_dtype: torch.dtype | str | None = None,
 ) -> Plan:
     """Plan a step on paper: no weight is made, read or moved.
 
@@ -55,7 +57,7 @@ def plan(
         Where streamed weights live: ``host`` or ``disk``.
     auto_class
         For a config: ``transformers.AutoModelForCausalLM`` by default.
-    loss_fn, directions
+    loss_fn, directions, transfer_dtype
         As in :func:`zograph.compile`.
 
     Raises
@@ -71,6 +73,7 @@ def plan(
         auto_class=auto_class,
         loss_fn=loss_fn,
         directions=directions,
+        transfer_dtype=transfer_dtype,
     )
     return paper.plan(memory, device, storage)
 
@@ -80,7 +83,7 @@ class Paper:
 
     Parameters
     ----------
-    model_or_config, batch, auto_class, loss_fn, directions
+    model_or_config, batch, auto_class, loss_fn, directions, transfer_dtype
         As in :func:`plan`.
 
     Raises
@@ -111,6 +114,7 @@ class Paper:
         auto_class: Any = None,
         loss_fn: Any = None,
         directions: int = 1,
+        transfer_dtype: torch.dtype | str | None = None,
     ) -> None:
         model = model_or_config
         if not isinstance(model, nn.Module):
@@ -119,6 +123,8 @@ class Paper:
             model = empty_model(model, auto_class)
         self.directions = directions
         self._captured, frame = captured(model, batch, loss_fn)
+        form = parse_transfer_dtype(transfer_dtype, torch.device("cpu"))
+        info(self._captured).params = with_format(info(self._captured).params, form)
         self._front, back = default_passes().replace("lower").split("offload")
         self._offload = back.split("schedule")[0]
         self._frames = (frame,) * directions

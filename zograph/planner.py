@@ -60,12 +60,18 @@ class Candidate:
     def units(self, resident: frozenset[str] = frozenset()) -> list[int]:
         """Return the slot bytes of each stage's streamed weights."""
         params = info(self.gm).params
-        return [sum(padded(params[n].bytes) for n in u.weights if n not in resident)
+        return [sum(padded(params[n].stored_bytes) for n in u.weights if n not in resident)
                 for u in self.uses]  # fmt: skip
+
+    def decoded(self) -> int:
+        """Return the bytes of the most that a stage decodes, wherever it is stored."""
+        params = info(self.gm).params
+        encoded = {n: padded(p.bytes) for n, p in params.items() if p.format is not None}
+        return max((sum(encoded.get(n, 0) for n in u.weights) for u in self.uses), default=0)
 
     def activations(self) -> int:
         """Return the bytes that neither weights nor slots take, at their highest."""
-        return self.fixed + max((u.peak for u in self.uses), default=0)
+        return self.fixed + self.decoded() + max((u.peak for u in self.uses), default=0)
 
     def minimum(self) -> int:
         """Return the least budget: one stage's weights at a time, nothing fetched ahead."""
@@ -105,17 +111,18 @@ class Candidate:
     def total(self) -> int:
         """Return the bytes of all weights that a step visits."""
         params = info(self.gm).params
-        return sum(padded(params[n].bytes) for n in self.weights())
+        return sum(padded(params[n].stored_bytes) for n in self.weights())
 
     def unrounded(self, request: Request) -> list[str]:
         """List the weights that cannot be folded where they stand: it would round them too often.
 
-        Those are the ones narrower than float32, where the fold period is longer than a step.
+        Those are the ones narrower than float32, where the fold period is longer than a step, and
+        not stored in a format: these are decoded in memory of their own.
         """
         if request.fold_every == 1:
             return []
         table = info(self.gm).params.items()
-        return [n for n, p in table if p.trainable and p.dtype.itemsize < 4]
+        return [n for n, p in table if p.trainable and p.dtype.itemsize < 4 and p.format is None]
 
     def roomy(self, budget: int) -> bool:
         """Return whether all weights fit, or those of two stages in a row."""
@@ -219,7 +226,7 @@ def filled(candidate: Candidate, request: Request, budget: int) -> Layout:
         return layout(candidate, request, candidate.weights(), 0)
     if candidate.overlapped() > room:
         return layout(candidate, request, frozenset(), room)
-    sizes = {n: padded(p.bytes) for n, p in info(candidate.gm).params.items()}
+    sizes = {n: padded(p.stored_bytes) for n, p in info(candidate.gm).params.items()}
     depth = candidate.depth()
     while candidate.overlapped(depth=depth) > room:
         depth -= 1
@@ -269,13 +276,14 @@ def layout(candidate: Candidate, request: Request, resident: frozenset[str], slo
         spec=request.spec,
         budget=request.budget,
         resident=resident,
-        held=sum(padded(params[n].bytes) for n in resident),
+        held=sum(padded(params[n].stored_bytes) for n in resident),
         slots=min(slots, 2 * largest),
         pair=candidate.pair,
         cut=candidate.cut,
         fixed=candidate.fixed,
         uses=candidate.uses,
         fold_every=request.fold_every,
+        decoded=candidate.decoded(),
     )
 
 
@@ -284,9 +292,10 @@ def explain(found: Sequence[Candidate], budget: int, minimum: int) -> str:
     best = min(found, key=Candidate.minimum)
     use = max(best.uses, key=lambda u: u.peak)
     name = info(best.gm).stages.get(use.stage, "unused weights")
+    decoded = f"{best.decoded():,} weights that it decodes, " if best.decoded() else ""
     return (
         f"memory={budget:,} bytes is too small: this batch needs {minimum:,} bytes at least. Of "
-        f"these, {max(best.units()):,} are the weights of the largest stage, "
+        f"these, {max(best.units()):,} are the weights of the largest stage, {decoded}"
         f"{use.cost.scratch_at_peak:,} perturbed copies and "
         f"{use.peak - use.cost.scratch_at_peak:,} "
         f"activations (of {name}), {best.fixed:,} the batch and buffers. Pass a larger budget, a "

@@ -26,7 +26,8 @@ class Plan:
     host_bytes
         Host memory beside the device: the stored weights, or buffers on the way to a disk.
     disk_bytes
-        The work file's two copies of every trainable weight; 0 where weights stay in memory.
+        The work file's two copies of each weight that is trainable or has a format; 0 where
+        weights stay in memory.
     step_seconds
         From step to step, in the steady state.
     overlap
@@ -102,8 +103,9 @@ def plan_of(gm: fx.GraphModule) -> Plan:
 def describe(gm: fx.GraphModule, layout: Layout, schedule: Schedule) -> Plan:
     """Return the plan of an offloaded graph under a layout and its schedule."""
     params = info(gm).params
-    weights = sum(padded(p.bytes) for p in params.values())
-    trainable = sum(padded(p.bytes) for p in params.values() if p.trainable)
+    weights = sum(padded(p.stored_bytes) for p in params.values())
+    written = [p for p in params.values() if p.trainable or p.format is not None]
+    trainable = sum(padded(p.stored_bytes) for p in written)
     staging = schedule.capacity.get("staging", 0)
     host = layout.tier == "host" and (layout.spec.kind == "cuda" or bool(layout.slots))
     top = max(layout.uses, key=lambda u: u.peak)
@@ -111,6 +113,7 @@ def describe(gm: fx.GraphModule, layout: Layout, schedule: Schedule) -> Plan:
     items = {
         "resident weights": layout.held,
         "slots": layout.slots,
+        **({"decoded weights": layout.decoded} if layout.decoded else {}),
         "perturbed copies": scratch,
         "activations": top.peak - scratch,
         "batch, buffers and keys": layout.fixed,
@@ -148,7 +151,7 @@ def moved(gm: fx.GraphModule, layout: Layout, schedule: Schedule) -> dict[str, i
     total: dict[str, int] = {}
     for node in gm.graph.nodes:
         for stream in streams.get(node.target, ()):
-            nbytes = sum(params[str(meta(n).name)].bytes for n in weights_in(node))
+            nbytes = sum(params[str(meta(n).name)].stored_bytes for n in weights_in(node))
             nbytes //= layout.fold_every if node.target is WRITEBACK else 1
             total[str(stream)] = total.get(str(stream), 0) + nbytes
     return total

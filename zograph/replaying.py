@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from zograph import codec
 from zograph.errors import LogError, ModelError, OptionError, StoreError
 from zograph.export import origins, save_streamed
+from zograph.formats import with_format
 from zograph.history import History, Terms
 from zograph.ir import ParamInfo
 from zograph.loading import from_pretrained, locate
 from zograph.output import OutputFolder
 from zograph.parameters import parameter_table
+from zograph.pieces import cut_tables
 from zograph.seedlog import LogFile, LogHeader, read_log
-from zograph.seedlog.identity import check_base, start_of
+from zograph.seedlog.identity import check_base, option_of, start_of
 from zograph.stores.base import padded, page_aligned
 from zograph.stores.extents import fingerprint
 from zograph.stores.source import TensorSource, as_tensor, source_of
@@ -220,8 +223,12 @@ class Replayed:
     ) -> None:
         self._source = source_of(model) or TensorSource(dict(model.named_parameters()).__getitem__)
         self._table = table
-        self._distribution = str(logged.header.options["distribution"])
-        self._history = History(int(logged.header.options["fold_every"]))
+        options = logged.header.options
+        self._distribution = str(options["distribution"])
+        self._rounding = str(options.get("rounding", "nearest"))
+        dtype = option_of("transfer_dtype", options.get("transfer_dtype"))
+        self._stored = with_format(cut_tables(table), dtype)
+        self._history = History(int(options["fold_every"]))
         self._history.restore(*logged.terms(steps))
 
     def read(self, name: str) -> torch.Tensor:
@@ -231,13 +238,35 @@ class Replayed:
         self._source.read(param, buffer)
         weight = as_tensor(param, buffer)
         owed = self._history.since(0, param.key) if param.trainable else None
-        if owed is not None:
-            for terms, ends in pieces(param, *owed):
+        parts = [p for p in self._stored.values() if p.parameter == name]
+        if parts[0].format is not None:
+            for part in parts:
+                self._decode(part, part.view(weight), owed)
+        elif owed is not None:
+            for terms, ends in portions(param, *owed):
                 fold_terms(weight, param, terms, ends, self._distribution)
         return weight
 
+    def _decode(
+        self, part: ParamInfo, weight: torch.Tensor, owed: tuple[Terms, torch.Tensor | None] | None
+    ) -> None:
+        """Turn first values into those that a run has which stores them in a format."""
+        assert part.format is not None
+        stored = part.format.empty(part.shape, weight.device)
+        codec.encode(weight, part.format, stored)
+        terms, ends = codec.NOTHING, None
+        if owed is not None:
+            given, ends = owed
+            terms = (given.seeds, given.coefs, given.scales if part.decay else None)
+            ends = torch.zeros(len(given.seeds), dtype=torch.bool) if ends is None else ends.clone()
+            ends[-1:] |= self._history.is_fold_point(self._history.newest, part.key)
+        codec.decode(
+            stored, part.format, weight, terms, part.key, first=part.first,
+            ends=ends, rounding=self._rounding, distribution=self._distribution,
+        )  # fmt: skip
 
-def pieces(
+
+def portions(
     param: ParamInfo, terms: Terms, ends: torch.Tensor | None
 ) -> Iterator[tuple[Terms, torch.Tensor | None]]:
     """Cut terms into calls of about `ATONCE`; those of a narrow weight at fold points only."""

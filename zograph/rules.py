@@ -14,7 +14,7 @@ from zograph import ir, printer
 from zograph.fake_replay import difference
 from zograph.randomness import is_random
 from zograph.rules_step import branches, facts, hoisted, paired, stages
-from zograph.rules_transfers import folds, schedule, slots
+from zograph.rules_transfers import codecs, folds, schedule, slots
 from zograph.verifier import Fault, Rule, Scope
 
 aten = torch.ops.aten
@@ -238,6 +238,7 @@ RULES: tuple[Rule, ...] = (
     Rule("facts", facts, top_only=True),
     Rule("slots", slots, top_only=True),
     Rule("folds", folds, top_only=True),
+    Rule("codecs", codecs, top_only=True),
     Rule("schedule", schedule, top_only=True),
 )
 """The default table of :class:`zograph.verifier.Verifier`."""

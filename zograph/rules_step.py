@@ -143,8 +143,12 @@ def _parameters(scope: Scope) -> Iterator[Fault]:
             if param is None:
                 advice = "add it to GraphInfo.params"
                 yield Fault(node, "a known parameter", f"{record.name}", advice)
-            elif (tuple(val.shape), val.dtype) != (param.shape, param.dtype):
-                expected = f"{param.dtype} {param.shape}, as in GraphInfo.params"
+                continue
+            shape, dtype = param.shape, param.dtype
+            if param.format is not None and "offloaded" in scope.info.facts:
+                shape, dtype = param.format.shape(shape), param.format.dtype
+            if (tuple(val.shape), val.dtype) != (shape, dtype):
+                expected = f"{dtype} {shape}, as in GraphInfo.params"
                 advice = "cast behind the placeholder, not in it"
                 yield Fault(node, expected, scope.type(val), advice)
         name = record.name or ""

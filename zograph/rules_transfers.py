@@ -11,12 +11,17 @@ from torch import fx
 from zograph import ir
 from zograph.errors import VerifyError
 from zograph.schedule import check
-from zograph.transfers import FETCH, FOLD, RELEASE, WAIT, WRITEBACK
+from zograph.transfers import DECODE, ENCODE, FETCH, FOLD, RELEASE, WAIT, WRITEBACK
 from zograph.verifier import Fault, Scope
+
+WEIGHTS = (ir.Kind.PARAMETER, ir.Kind.WEIGHT)
 
 
 def slots(scope: Scope) -> Iterator[Fault]:
-    """A fetch has one wait; its weights are used by its own stage alone, ahead of the release."""
+    """A fetch has one wait; its weights are used by its own stage alone, ahead of the release.
+
+    So are weights that are decoded.
+    """
     place = {n: i for i, n in enumerate(scope.nodes)}
     released = {w: n for n in _calls(scope, RELEASE) for w in _weights(n)}
     for fetch in _calls(scope, FETCH):
@@ -24,11 +29,12 @@ def slots(scope: Scope) -> Iterator[Fault]:
         if len(waits) != 1 or len(fetch.users) != 1:
             advice = "use a fetch by its one wait, and the weights through that"
             yield Fault(fetch, "one wait and no other user", f"{len(waits)} waits", advice)
-            continue
-        for weight in _slot_weights(waits[0]):
-            stage = scope.metas[waits[0]].stage
+    waits = [w for w in _calls(scope, WAIT) if len(w.all_input_nodes[0].users) == 1]
+    for node in [*waits, *_calls(scope, DECODE)]:
+        for weight in _slot_weights(node) if node.target is WAIT else [node]:
+            stage = scope.metas[node].stage
             end = released.get(weight)
-            final = not any(u.target is FOLD for u in weight.users)
+            final = not any(u.target in (FOLD, DECODE) for u in weight.users)
             if end is None and final:
                 advice = "add a release behind the stage"
                 yield Fault(weight, "a release of its slot", "none", advice)
@@ -45,7 +51,8 @@ def slots(scope: Scope) -> Iterator[Fault]:
 def folds(scope: Scope) -> Iterator[Fault]:
     """Trainable weights are folded once and written back where they were fetched; frozen never.
 
-    A weight that is not written in every step is folded wherever it is fetched.
+    A weight that is not written in every step is folded wherever it is fetched. Of weights that
+    are stored in a format :func:`codecs` says the same.
     """
     if "offloaded" not in scope.info.facts:
         return
@@ -74,10 +81,43 @@ def folds(scope: Scope) -> Iterator[Fault]:
                 found = f"{scope.name(late[0])} uses the weight as it was fetched"
                 advice = "use the result of the fold"
                 yield Fault(fold, f"uses of {name} behind its fold", found, advice)
+    seen |= {str(scope.metas[n].name) for n in _calls(scope, DECODE) if _has_terms(n)}
     missing = [n for n, p in scope.info.params.items() if p.trainable and n not in seen]
     if "dual" in scope.info.facts and missing:
         advice = "fold what no stage uses at the end of the step"
         yield Fault(None, f"a fold of {missing[0]}", "none", advice)
+
+
+def codecs(scope: Scope) -> Iterator[Fault]:
+    """A weight that is stored in a format is used decoded, folded once and encoded to be stored."""
+    if "offloaded" not in scope.info.facts:
+        return
+    seen: set[str] = set()
+    moves = (FETCH, WAIT, operator.getitem, DECODE, WRITEBACK, RELEASE)
+    for node in scope.nodes:
+        record = scope.metas[node]
+        param = scope.info.params.get(str(record.name))
+        if param is None or param.format is None or record.kind not in WEIGHTS:
+            continue
+        if node.target is not DECODE:
+            if late := [u for u in node.users if u.target not in moves]:
+                advice = "decode the weight first"
+                yield Fault(late[0], f"{param.name} decoded", "what is stored of it", advice)
+            continue
+        back = [u for u in node.users if u.target is ENCODE]
+        fetched = node.all_input_nodes[0].op == "call_function"
+        if _has_terms(node) and not param.trainable:
+            advice = "decode frozen weights without terms"
+            yield Fault(node, "terms of trainable weights", f"{param.name} is frozen", advice)
+        elif _has_terms(node) and param.name in seen and (back or node.args[4]):
+            advice = "apply terms where a weight is first visited"
+            yield Fault(node, f"one fold of {param.name} a step", "a second one", advice)
+        elif _has_terms(node) and param.name not in seen:
+            stored = [u for u in back if not fetched or any(w.target is WRITEBACK for w in u.users)]
+            if not stored:
+                advice = "encode the weight and write it back"
+                yield Fault(node, f"a new stored value of {param.name}", "none", advice)
+        seen.update([param.name] if _has_terms(node) else [])
 
 
 def schedule(scope: Scope) -> Iterator[Fault]:
@@ -94,6 +134,11 @@ def schedule(scope: Scope) -> Iterator[Fault]:
         check(found)
     except VerifyError as error:
         yield Fault(None, "a schedule without races", str(error), "add the event that is missing")
+
+
+def _has_terms(decode: fx.Node) -> bool:
+    """Whether a decoding applies pending terms."""
+    return len(decode.args) > 4
 
 
 def _calls(scope: Scope, target: Any) -> list[fx.Node]:

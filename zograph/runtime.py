@@ -23,13 +23,29 @@ from zograph.memory import give_back
 from zograph.pool import pool
 from zograph.schedule import Stream
 from zograph.slots import Slots, open_slots
-from zograph.transfers import FETCH, FOLD, GATHER, WRITEBACK, is_transfer, weight_names
+from zograph.transfers import (
+    DECODE,
+    ENCODE,
+    FETCH,
+    FOLD,
+    GATHER,
+    WRITEBACK,
+    is_transfer,
+    weight_names,
+)
 from zograph.weights import Weights
 
 Frame = dict[fx.Node, Any]
 
 STORED = (Kind.PARAMETER, Kind.BUFFER, Kind.CONSTANT, Kind.WEIGHT)
-MOVES = {FETCH: "fetch", FOLD: "fold", WRITEBACK: "writeback"}
+MOVES = {
+    FETCH: "fetch",
+    FOLD: "fold",
+    WRITEBACK: "writeback",
+    DECODE: "decode",
+    ENCODE: "encode",
+}
+COMPUTED = (FOLD, DECODE, ENCODE)
 
 
 @dataclass(frozen=True)
@@ -55,11 +71,11 @@ class Program:
         """What no stage computes: sizes."""
         self.bodies: dict[str, list[Instruction]] = {}
         self.moved: dict[str, tuple[str, ...]] = {}
-        """For each fetch, fold and write-back, the weights that it is about."""
+        """For each transfer, the weights that it is about."""
         self.targets: dict[str, str] = {}
         """For each stage's task, the name of its body."""
         self.compute: list[str] = []
-        """The folds and bodies, in the graph's order."""
+        """The folds, decodings, encodings and bodies, in the graph's order."""
         self.last: dict[str, tuple[str, ...]] = {}
         """For a task of these, the weights that no later one uses."""
         self._read()
@@ -68,14 +84,15 @@ class Program:
         last = {s: n for n in self.gm.graph.nodes for s in n.all_input_nodes}
         kept = set(self.results)
         for node in self.gm.graph.nodes:
-            if node.op in ("placeholder", "output") or meta(node).kind == Kind.WEIGHT:
-                continue
             stage = meta(node).stage
             if is_transfer(node):
                 if node.target in MOVES:
                     task = f"{MOVES[node.target]} {stage}"
-                    self.moved[task] = weight_names(node)
-                    self.compute += [task] if node.target is FOLD else []
+                    new = node.target in COMPUTED and task not in self.moved
+                    self.compute += [task] if new else []
+                    self.moved[task] = (*self.moved.get(task, ()), *weight_names(node))
+                continue
+            if node.op in ("placeholder", "output") or meta(node).kind == Kind.WEIGHT:
                 continue
             if meta(node).kind == Kind.STAGE:
                 self.compute.append(f"body {stage}")
@@ -102,8 +119,12 @@ class Program:
 
     def held(self) -> dict[str, tuple[str, ...]]:
         """Return the weights of each slot, in order."""
-        fetches = ((t.partition(" "), names) for t, names in self.moved.items())
-        return {slot: names for (kind, _, slot), names in fetches if kind == "fetch"}
+        return self.moved_by("fetch")
+
+    def moved_by(self, wanted: str) -> dict[str, tuple[str, ...]]:
+        """Return the weights that transfers of one kind are about, by stage."""
+        tasks = ((t.partition(" "), names) for t, names in self.moved.items())
+        return {slot: names for (kind, _, slot), names in tasks if kind == wanted}
 
     def _function(self, node: fx.Node) -> Callable[..., Any]:
         if node.op == "call_module":
@@ -226,6 +247,12 @@ class Runner:
         """Start and end in seconds of each task's last run."""
         return {} if self._session is None else self._session.measured
 
+    @property
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes that each transfer stream has moved since the schedule was started."""
+        moved = {} if self.slots is None else self.slots.moved_bytes
+        return {str(s): n for s, n in moved.items() if s != Stream.COMPUTE}
+
     def _streaming(self) -> Session:
         """Return the running schedule; start it where it is not."""
         schedule, layout = self.program.schedule, self.program.layout
@@ -233,8 +260,8 @@ class Runner:
         assert layout is not None
         if self._session is None:
             self.weights.hold(layout.resident)
-            held = self.program.held()
-            self.slots = open_slots(schedule, held, self.program.params, self.weights)
+            held, coded = self.program.held(), self.program.moved_by("decode")
+            self.slots = open_slots(schedule, held, self.program.params, self.weights, coded)
             actions = {task: self._action(task) for task in schedule.dag}
             if self.weights.device.type == "cuda":
                 self._session = CudaSession(schedule, actions, self.weights.device)
@@ -249,6 +276,8 @@ class Runner:
             return partial(self._run_body, task)
         if kind == "fold":
             return partial(self._fold, task)
+        if kind in ("decode", "encode"):
+            return partial(self._code, kind, slot)
         assert self.slots is not None
         moved = {"read": "fetch", "write": "writeback"}.get(kind, kind)
         return partial(self.slots.action(kind), slot, self.program.moved[f"{moved} {slot}"])
@@ -275,9 +304,19 @@ class Runner:
         name, slot = str(record.name), str(record.stage)
         if record.kind != Kind.WEIGHT:
             return self.weights.fetch(record.kind, name)
-        if self.slots is not None and (slot, name) in self.slots.versions:
-            return self.slots.arena.weight(slot, name)
-        return self.weights.fetch(Kind.PARAMETER, name)
+        found = None if self.slots is None else self.slots.weight(slot, name)
+        return self.weights.fetch(Kind.PARAMETER, name) if found is None else found
+
+    def _code(self, kind: str, slot: str) -> None:
+        """Decode or encode a stage's weights."""
+        for name in self.program.moved[f"{kind} {slot}"]:
+            if self.slots is not None:
+                getattr(self.slots, kind)(slot, name)
+            elif kind == "decode":
+                self.weights.decode_resident(name)
+            else:
+                self.weights.encode_resident(name)
+        self.weights.leave(self.program.last.get(f"{kind} {slot}", ()))
 
     def _rows(self, names: Sequence[str], index: torch.Tensor) -> torch.Tensor:
         assert self.slots is not None

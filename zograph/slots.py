@@ -9,6 +9,7 @@ import torch
 
 from zograph.arena import Arena
 from zograph.ir import ParamInfo
+from zograph.passes.schedule import decoded
 from zograph.schedule import Schedule, Stream
 from zograph.stores.base import page_aligned
 from zograph.stores.pinned import pin
@@ -22,6 +23,8 @@ class Slots:
     ----------
     held
         For each slot, the parameters that it holds, in order.
+    coded
+        For each stage, the parameters that it decodes, in order.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class Slots:
         held: Mapping[str, tuple[str, ...]],
         params: Mapping[str, ParamInfo],
         weights: Weights,
+        coded: Mapping[str, tuple[str, ...]],
     ) -> None:
         self.held, self.weights = held, weights
         self.moved_bytes = dict.fromkeys(Stream, 0)
@@ -37,6 +41,9 @@ class Slots:
         self.versions = {(slot, n): 0 for slot, names in held.items() for n in names}
         """The version of each weight in a slot."""
         self.arena = Arena(self.buffer(schedule.peak.get("device", 0)), schedule, held, params)
+        wanted = {decoded(slot): names for slot, names in coded.items()}
+        memory = self.buffer(schedule.peak.get("decoded", 0))
+        self.decoded = Arena(memory, schedule, wanted, params, decoded=True)
 
     def buffer(self, nbytes: int) -> torch.Tensor:
         """Return the memory of the arena."""
@@ -61,6 +68,29 @@ class Slots:
         """Fold a weight in its slot."""
         weight, version = self.arena.weight(slot, name), self.versions[slot, name]
         self.versions[slot, name] = self.weights.fold(name, weight, version)
+
+    def decode(self, slot: str, name: str) -> None:
+        """Decode a weight from its slot or from where it stands, with what it owes."""
+        out = self.decoded.weight(decoded(slot), name)
+        if (slot, name) not in self.versions:
+            self.weights.decode_resident(name, out)
+            return
+        stored, version = self.arena.weight(slot, name), self.versions[slot, name]
+        self.versions[slot, name] = self.weights.decode(name, stored, version, out)
+
+    def encode(self, slot: str, name: str) -> None:
+        """Encode a weight that is to be written, into its slot or where it stands."""
+        weight = self.decoded.weight(decoded(slot), name)
+        if (slot, name) not in self.versions:
+            self.weights.encode_resident(name, weight)
+        elif self.newer(slot, [name]):
+            self.weights.encode(name, weight, self.arena.weight(slot, name))
+
+    def weight(self, slot: str, name: str) -> torch.Tensor | None:
+        """Return a weight as a stage takes it; None if it is in no slot of the stage."""
+        if self.weights.table[name].format is not None:
+            return self.decoded.weight(decoded(slot), name)
+        return self.arena.weight(slot, name) if (slot, name) in self.versions else None
 
     def write_back(self, slot: str, names: Sequence[str]) -> None:
         """Write what the slot has newer than the store."""
@@ -110,9 +140,10 @@ class StagedSlots(DeviceSlots):
         held: Mapping[str, tuple[str, ...]],
         params: Mapping[str, ParamInfo],
         weights: Weights,
+        coded: Mapping[str, tuple[str, ...]],
         cudart: Any = None,
     ) -> None:
-        super().__init__(schedule, held, params, weights)
+        super().__init__(schedule, held, params, weights, coded)
         ways = {f"{slot} {way}": n for slot, n in held.items() for way in ("in", "out")}
         ways = {buffer: names for buffer, names in ways.items() if buffer in schedule.units}
         memory = page_aligned(schedule.peak.get("staging", 0))
@@ -164,9 +195,10 @@ def open_slots(
     held: Mapping[str, tuple[str, ...]],
     params: Mapping[str, ParamInfo],
     weights: Weights,
+    coded: Mapping[str, tuple[str, ...]],
 ) -> Slots:
     """Make the slots that suit the device and the store."""
     kind = Slots
     if weights.device.type == "cuda":
         kind = StagedSlots if weights.store.tier == "disk" else DeviceSlots
-    return kind(schedule, held, params, weights)
+    return kind(schedule, held, params, weights, coded)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from zograph.formats import with_format
 from zograph.options import Options
 from zograph.parameters import parameter_table
 from zograph.pieces import cut_tables
@@ -104,14 +105,14 @@ def open_run(
     StoreError
         If the log or the work folder cannot be used.
     """
-    table = parameter_table(model)
-    pieces = cut_tables(table)
+    given = parameter_table(model)
+    table = with_format(cut_tables(given), options.transfer_dtype)
     if options.log is None:
-        return open_weights(model, pieces, options), None
-    header = header_of(model, table, options, lr)
+        return open_weights(model, table, options), None
+    header = header_of(model, given, options, lr)
     if logged is None:
         check_absent(options.log)
-        weights = open_weights(model, pieces, options)
+        weights = open_weights(model, table, options)
         log = RunLog(options.log, header, options.fsync_every, weights)
         if options.fold_every != "auto":
             try:
@@ -120,7 +121,7 @@ def open_run(
                 weights.store.close()
                 raise
         return weights, log
-    narrow = any(p.trainable and p.dtype.itemsize < 4 for p in table.values())
+    narrow = any(p.trainable and (p.dtype.itemsize < 4 or p.format) for p in table.values())
     for difference in check(logged.path, logged.header, header, narrow=narrow):
         warnings.warn(
             f"{logged.path}: {difference}: the last bits of losses may be others than if the run "
@@ -129,7 +130,7 @@ def open_run(
         )
     journal = Journal.go_on(logged, options.log, options.fsync_every)
     try:
-        weights = open_weights(model, pieces, options, journal.belongs)
+        weights = open_weights(model, table, options, journal.belongs)
     except BaseException:
         journal.close()
         raise

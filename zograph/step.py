@@ -99,6 +99,11 @@ class ZOStep:
         return self._last_compiled().runner.measured
 
     @property
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes that each transfer stream has moved since :meth:`synchronize` or the first step."""
+        return self._last_compiled().runner.moved_bytes
+
+    @property
     def schedule(self) -> Schedule:
         """When the tasks of the last used capture run: order, events, slots, timeline.
 
@@ -227,7 +232,9 @@ class ZOStep:
             self._running.drain()
             self._running.close()
         self._running = runner
-        return runner.run(frames)
+        found = runner.run(frames)
+        self._weights.clipped.check()
+        return found
 
     def _finish(self, seeds: Sequence[int], losses: torch.Tensor) -> torch.Tensor:
         """Turn the losses into pending terms and a record."""
@@ -291,6 +298,7 @@ class ZOStep:
         self._check_losses(wait=True)
         self._weights.settle()
         self._weights.show()
+        self._weights.clipped.check(wait=True)
         if self._log is not None:
             self._log.flush()
 

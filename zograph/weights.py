@@ -15,16 +15,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from zograph import codec
+from zograph.clipping import Clipped
 from zograph.errors import ParameterChangedError
 from zograph.history import History, Terms
 from zograph.ir import Kind, ParamInfo
 from zograph.ops import fold_
 from zograph.options import Options
+from zograph.pool import pool
 from zograph.stores.base import Store, padded, page_aligned
 from zograph.stores.disk import Belongs, DiskStore
 from zograph.stores.folder import open_work_folder, work_folder
 from zograph.stores.host import HostStore
-from zograph.stores.source import TensorSource, source_of
+from zograph.stores.source import TensorSource, as_stored, as_tensor, source_of
 
 
 class Weights:
@@ -41,6 +44,10 @@ class Weights:
         Where steps are computed.
     fold_every
         The fold period: see :class:`History`.
+    rounding
+        Of weights to their formats: ``nearest`` or ``stochastic``.
+    clipped
+        Counts what formats cannot hold.
     """
 
     def __init__(
@@ -51,7 +58,11 @@ class Weights:
         store: Store,
         device: torch.device,
         fold_every: int = 1,
+        rounding: str = "nearest",
+        clipped: Clipped | None = None,
     ) -> None:
+        self.rounding = rounding
+        self.clipped = Clipped() if clipped is None else clipped
         self.model = model
         self.device = device
         self.table = table
@@ -60,7 +71,8 @@ class Weights:
         self.store = store
         self.constants: dict[str, torch.Tensor] = {}
         self.held: dict[str, torch.Tensor] = {}
-        """Weights that stay on the device while the store has another, perhaps older, copy."""
+        """Weights that stay on the device, as they are stored, while the store has another,
+        perhaps older, copy."""
         self._owner: dict[str, tuple[nn.Module, str]] = {}
         buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
         for name in (*(p.parameter for p in table.values()), *buffers):
@@ -68,7 +80,7 @@ class Weights:
         whole = ((n, self._whole(n)) for n in (p.parameter for p in table.values()))
         self._compiled = {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in whole}
         self.visiting: dict[str, torch.Tensor] = {}
-        """Folded copies of weights on the device whose base must not be rounded yet."""
+        """Folded copies of weights on the device whose base is encoded or not to be rounded yet."""
         self.shown: dict[str, torch.Tensor] = {}
         """Bases of weights whose newest value is shown in the model meanwhile."""
         self.history = History(fold_every)
@@ -76,6 +88,8 @@ class Weights:
         """Gives what the log says of a version; stored with each value (see `Store.write`)."""
         steps = store.fold_steps()
         self.version = {n: steps[n] for n, p in table.items() if p.trainable}
+        if isinstance(store, DiskStore):
+            store.origin = lambda: self.lineage(0)
 
     def on_device(self) -> frozenset[str]:
         """Return the weights that are held on the device."""
@@ -96,7 +110,12 @@ class Weights:
 
     def resident(self, name: str) -> torch.Tensor:
         """Return a weight where it stands on the device: in the model, or as it is held."""
-        found = self.visiting.get(name, self.held.get(name))
+        found = self.visiting.get(name)
+        return self.base(name) if found is None else found
+
+    def base(self, name: str) -> torch.Tensor:
+        """Return the stored value of a weight that stands on the device; its bytes, if encoded."""
+        found = self.held.get(name)
         if found is None:
             found = self.store.tensor(name)
         assert found is not None, f"{name} is neither held nor in the model"
@@ -135,8 +154,8 @@ class Weights:
         """Write a held weight to its store if that has an older value."""
         version = self.version.get(name, 0)
         if version > self.store.fold_steps().get(name, 0):
-            param, buffer = self.table[name], page_aligned(padded(self.table[name].bytes))
-            typed(buffer, param).copy_(self.held[name])
+            param, buffer = self.table[name], page_aligned(padded(self.table[name].stored_bytes))
+            as_stored(param, buffer).copy_(self.held[name])
             self.write(name, buffer, version)
 
     def write(self, name: str, buffer: torch.Tensor, version: int) -> int:
@@ -167,16 +186,19 @@ class Weights:
         return any(self._whole(name).is_meta for name in self._compiled)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the stored value of a weight, in memory of its own."""
-        buffer = page_aligned(padded(self.table[name].bytes))
+        """Return the stored value of a weight, in memory of its own; its bytes, if encoded."""
+        buffer = page_aligned(padded(self.table[name].stored_bytes))
         self.store.read(name, buffer)
-        return typed(buffer, self.table[name])
+        return as_stored(self.table[name], buffer)
 
     def value(self, name: str) -> torch.Tensor:
         """Return the newest value of a weight, pending terms included, in memory of its own."""
         held = self.held.get(name)
         found = self.read(name) if held is None else held.clone()
-        if name in self.version:
+        if self.table[name].format is not None:
+            found, encoded = self.room_for(name, found.device), found
+            self.decode(name, encoded, self.version.get(name, 0), found)
+        elif name in self.version:
             self.fold(name, found, self.version[name])
         return found.cpu()
 
@@ -222,13 +244,16 @@ class Weights:
         StoreError
             If the store cannot be read.
         """
-        if self.store.tier == "host" or self.elsewhere:
+        if self.elsewhere:
             return
-        for name in self.version:
+        for name, param in self.table.items():
             tensor = self._of_model(name).detach()
-            if self.keeps_base(name):
-                self.shown.setdefault(name, tensor.clone())
-            tensor.copy_(self.value(name))
+            if param.format is not None:  # the model's own tensor is not what is stored
+                tensor.copy_(self.value(name))
+            elif param.trainable and self.store.tier != "host":
+                if self.keeps_base(name):
+                    self.shown.setdefault(name, tensor.clone())
+                tensor.copy_(self.value(name))
 
     def conceal(self) -> None:
         """Put the bases back into the model that :meth:`settle` and :meth:`show` have replaced."""
@@ -266,6 +291,55 @@ class Weights:
         fold_terms(weight, self.table[name], *owed, self.distribution)
         return self.history.newest
 
+    def decode(self, name: str, stored: torch.Tensor, version: int, out: torch.Tensor) -> int:
+        """Read an encoded weight of a version into `out`, with what it owes; return its version."""
+        param, terms, ends = self.table[name], codec.NOTHING, None
+        newest = self.history.newest if param.trainable else version
+        owed = self.history.since(version, param.key) if param.trainable else None
+        if owed is not None:
+            given, ends = owed[0].to(out.device), owed[1]
+            terms = (given.seeds, given.coefs, given.scales if param.decay else None)
+            if ends is None:
+                ends = torch.zeros(len(given.seeds), dtype=torch.bool)
+            ends = ends.clone()
+            ends[-1:] |= self.is_fold_point(name, newest)
+        assert param.format is not None
+        counts = codec.decode(
+            stored, param.format, out, terms, param.key, first=param.first,
+            ends=ends, rounding=self.rounding, distribution=self.distribution,
+        )  # fmt: skip
+        self.clipped.add(name, counts)
+        return newest
+
+    def encode(self, name: str, weight: torch.Tensor, stored: torch.Tensor) -> None:
+        """Store what :meth:`decode` has rounded at a fold point; nothing is lost."""
+        form = self.table[name].format
+        assert form is not None
+        codec.encode(weight, form, stored)
+
+    def room_for(self, name: str, device: torch.device) -> torch.Tensor:
+        """Return memory for a decoded weight."""
+        param = self.table[name]
+        if device.type == "cpu":
+            return pool.empty(param.shape, param.dtype)
+        return torch.empty(param.shape, dtype=param.dtype, device=device)
+
+    def decode_resident(self, name: str, out: torch.Tensor | None = None) -> None:
+        """Decode a weight that stands on the device, for its visits or into `out`."""
+        self.visiting.pop(name, None)
+        base = self.base(name)
+        if out is None:
+            out = self.visiting[name] = self.room_for(name, base.device)
+        self.decode(name, base, self.version.get(name, 0), out)
+
+    def encode_resident(self, name: str, weight: torch.Tensor | None = None) -> None:
+        """Encode what was decoded into its base on the device, at a fold point."""
+        newest = self.history.newest
+        if self.version[name] < newest and self.is_fold_point(name, newest):
+            decoded = self.visiting[name] if weight is None else weight
+            self.encode(name, decoded, self.base(name))
+            self.version[name] = newest
+
     def fold_resident(self, name: str) -> None:
         """Fold a weight that stays on the device: where it stands, or in a copy for its visits."""
         self.visiting.pop(name, None)
@@ -294,7 +368,9 @@ class Weights:
             If the store fails; what was not folded stays pending.
         """
         for name, version in self.version.items():
-            if self.keeps_base(name):
+            if self.table[name].format is not None:
+                self._settle_encoded(name, version)
+            elif self.keeps_base(name):
                 stored = self.store.tensor(name)
                 if stored is not None and name not in self.held and name not in self.shown:
                     self.shown[name] = stored.clone()
@@ -304,10 +380,27 @@ class Weights:
             elif version < self.history.newest:
                 buffer = page_aligned(padded(self.table[name].bytes))
                 self.store.read(name, buffer)
-                folded = self.fold(name, typed(buffer, self.table[name]), version)
+                folded = self.fold(name, as_tensor(self.table[name], buffer), version)
                 self.write(name, buffer, folded)
             if name in self.held:
                 self.save(name)
+
+    def _settle_encoded(self, name: str, version: int) -> None:
+        """Fold an encoded weight into the store, if the newest version is its fold point."""
+        newest = self.history.newest
+        if version == newest or not self.is_fold_point(name, newest):
+            return
+        if name in self.held or self.stays(name):
+            self.decode_resident(name)
+            self.encode_resident(name)
+            self.leave([name])
+            return
+        buffer = page_aligned(padded(self.table[name].stored_bytes))
+        self.store.read(name, buffer)
+        decoded = self.room_for(name, buffer.device)
+        self.decode(name, buffer, version, decoded)
+        self.encode(name, decoded, as_stored(self.table[name], buffer))
+        self.write(name, buffer, newest)
 
 
 def open_weights(
@@ -328,13 +421,16 @@ def open_weights(
     StoreError
         If the work folder cannot be used.
     """
+    clipped = Clipped()
     source = source_of(model)
     if source is None and options.storage == "host":
         pinned = options.memory is not None and options.device.type == "cuda"
         if not pinned:
             model.to(options.device)
         owner = {p.parameter: owner_of(model, p.parameter) for p in table.values()}
-        store: Store = HostStore(lambda name: getattr(*owner[name]), table, pinned=pinned)
+        store: Store = HostStore(
+            lambda name: getattr(*owner[name]), table, pinned=pinned, clipped=clipped
+        )
     else:
         asked = options.storage if source is None or options.storage != "host" else source.storage
         folder = None if options.log is None else work_folder(options.log)
@@ -342,12 +438,16 @@ def open_weights(
             folder = Path(asked)
         parameters = dict(model.named_parameters())
         known = source or TensorSource(parameters.__getitem__)
-        store = DiskStore(open_work_folder(folder), table, known, resume=resume)
+        opened = open_work_folder(folder)
+        store = DiskStore(opened, table, known, resume=resume, clipped=clipped)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(options.device))
     period = options.fold_every if isinstance(options.fold_every, int) else 1
-    return Weights(model, table, options.distribution, store, options.device, period)
+    clipped.check(wait=True)
+    return Weights(
+        model, table, options.distribution, store, options.device, period, options.rounding, clipped
+    )
 
 
 def fold_terms(
@@ -375,8 +475,3 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module that holds a parameter or buffer, and its name there."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
-
-
-def typed(buffer: torch.Tensor, param: ParamInfo) -> torch.Tensor:
-    """Return a parameter's value in a buffer of bytes, in its own shape and dtype."""
-    return buffer[: param.bytes].view(param.dtype).view(param.shape)

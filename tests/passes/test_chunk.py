@@ -8,10 +8,8 @@ import torch
 from torch import fx
 
 from zograph import pieces, printer
-from zograph.errors import PipelineError
 from zograph.ir import info, meta, placeholders
 from zograph.passes import Chunk, PassContext
-from zograph.pipeline import default_passes
 from zograph.testing import (
     Golden,
     GraphBuilder,
@@ -164,8 +162,3 @@ def test_a_table_in_one_piece_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_idempotent() -> None:
     assert_idempotent(Chunk(), language_model())
-
-
-def test_it_stands_ahead_of_partition() -> None:
-    with pytest.raises(PipelineError, match=r"chunk must run before the graph is partitioned"):
-        default_passes().replace("chunk").insert_after("partition", Chunk()).validate()

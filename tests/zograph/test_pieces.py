@@ -180,3 +180,13 @@ def test_a_checkpoint_in_pieces_is_saved_whole(tmp_path: Path) -> None:
         one.save_pretrained(tmp_path / ("streamed" if one is step else "resident"))
     files = [tmp_path / n / "model.safetensors" for n in ("streamed", "resident")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_encoded_pieces(dtype: str) -> None:
+    options: dict[str, Any] = {"transfer_dtype": dtype, "fold_every": 2}
+    expected = train(compiled("toy", **options), usual("toy"), 5, lambda i: i == 3)
+    for storage in ("host", "disk"):
+        step = compiled("toy", **options, memory="minimum", storage=storage)
+        assert any(p.of is not None and p.format for p in step._weights.table.values())
+        assert train(step, usual("toy"), 5, lambda i: i == 3) == expected

@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "directions": {"directions": 3},
     "rademacher": {"distribution": "rademacher"},
     "elided": {"fold_every": 3, "directions": 2},
+    "encoded": {"transfer_dtype": "int8", "rounding": "stochastic", "fold_every": 3},
 }
 
 

@@ -14,10 +14,11 @@ from tests.passes.graphs import ready_for, two_blocks
 from tests.passes.test_offload import calls, context, every_third, freeze, offloaded, outlined
 from zograph import ir, rules_transfers
 from zograph.errors import VerifyError
+from zograph.formats import with_format
 from zograph.ir import annotate, info, meta
 from zograph.passes import Schedule
 from zograph.rules import RULES
-from zograph.transfers import FETCH, FOLD, RELEASE, WAIT, WRITEBACK
+from zograph.transfers import DECODE, ENCODE, FETCH, FOLD, RELEASE, WAIT, WRITEBACK
 from zograph.verifier import Verifier
 
 Make = Callable[[], fx.GraphModule]
@@ -207,6 +208,66 @@ def a_missing_event() -> fx.GraphModule:
     assert len(kept) == len(found.events) - 1
     info(gm).schedule = replace(found, events=kept)
     return gm
+
+
+def coded(*resident: str) -> fx.GraphModule:
+    """Return a graph whose matrices are stored in bfloat16."""
+    gm = outlined()
+    info(gm).params = with_format(info(gm).params, torch.bfloat16)
+    return offloaded(gm, *resident)
+
+
+@breaks("slots", "expected: a release of its slot", "found:    none")
+def decoded_memory_that_is_not_released() -> fx.GraphModule:
+    gm = coded("wte", "layers.0.w", "layers.1.w")
+    gm.graph.erase_node(calls(gm, RELEASE)[0])
+    return gm
+
+
+@breaks("codecs", "layers.1.w decoded", "what is stored of it", "decode the weight first")
+def a_use_of_what_is_stored() -> fx.GraphModule:
+    gm = coded()
+    decode = next(n for n in calls(gm, DECODE) if meta(n).name == "layers.1.w")
+    (stage,) = (n for n in gm.graph.nodes if n.op == "call_module" and meta(n).stage == 3)
+    stage.replace_input_with(decode, decode.args[0])
+    return gm
+
+
+@breaks("codecs", "terms of trainable weights", "layers.0.w is frozen")
+def terms_of_a_frozen_weight() -> fx.GraphModule:
+    gm = coded()
+    freeze(gm, "layers.0.w")
+    return gm
+
+
+@breaks("codecs", "one fold of wte a step", "a second one", "where a weight is first visited")
+def a_second_decoding_with_terms() -> fx.GraphModule:
+    gm = coded()
+    first, second = (n for n in calls(gm, DECODE) if meta(n).name == "wte")
+    second.args = (*second.args, *first.args[4:])
+    return gm
+
+
+@breaks("codecs", "a new stored value of layers.1.w", "encode the weight and write it back")
+def an_update_that_is_not_stored() -> fx.GraphModule:
+    gm = coded()
+    (written,) = (n for n in calls(gm, WRITEBACK) if "layers.1.w" in map(weight, n.args[0]))
+    encode = next(n for n in calls(gm, ENCODE) if meta(n).name == "layers.1.w")
+    written.args = ([encode.args[0] if n is encode else n for n in written.args[0]],)
+    gm.graph.erase_node(encode)
+    return gm
+
+
+@breaks("folds", "a fold of layers.1.w", "found:    none")
+def an_update_that_is_not_decoded() -> fx.GraphModule:
+    gm = coded()
+    decode = next(n for n in calls(gm, DECODE) if meta(n).name == "layers.1.w")
+    decode.args = decode.args[:4]
+    return gm
+
+
+def weight(node: fx.Node) -> str:
+    return str(meta(node).name)
 
 
 @pytest.mark.parametrize(("rule", "make", "messages"), BREAKS, ids=[b[1].__name__ for b in BREAKS])

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Literal
 
-from zograph.cli.inputs import integer, number
+from zograph.cli.inputs import FORMATS, integer, number
 
 TASKS = ("sequence-classification", "causal-lm")
 
@@ -83,6 +83,12 @@ def add_training(group: Any) -> None:
         metavar="WHERE",
         help="where streamed weights live: host (memory), disk, or a work folder",
     )
+    group.add_argument(
+        "--transfer-dtype",
+        choices=FORMATS,
+        help="format in which weights are stored and moved (default: their own dtype)",
+    )
+    group.add_argument("--rounding", choices=("nearest", "stochastic"), default="nearest")
     group.add_argument(
         "--fold-every",
         type=period,

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 from zograph.errors import ZographError
 
+FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
+"""What `transfer_dtype` may be; :mod:`zograph.formats` takes long to import."""
+
 
 class InputError(ZographError, ValueError):
     """An argument or a file cannot be used; the message says which, where and what to do."""

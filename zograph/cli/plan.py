@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zograph.cli.doctor import scaled
-from zograph.cli.inputs import InputError, integer
+from zograph.cli.inputs import FORMATS, InputError, integer
 from zograph.cli.output import check_file
 from zograph.cli.shapes import ZO2, known, names
 
@@ -75,6 +75,7 @@ def add_parser(subparsers: Any) -> None:
         help="host link: slow or fast (of a named device), or GB/s each way",
     )  # fmt: skip
     parser.add_argument("--storage", choices=("host", "disk"), default="host")
+    parser.add_argument("--transfer-dtype", choices=FORMATS, help="format of stored weights")
     parser.add_argument("--directions", type=integer(1), default=1, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
 
@@ -194,7 +195,13 @@ def paper(model: Any, args: argparse.Namespace) -> Paper:
     messages.set_verbosity_error()
     ids = torch.empty(args.batch, args.seq, dtype=torch.int64, device="meta")
     batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
-    return Paper(model, batch=batch, auto_class=auto, directions=args.directions)
+    return Paper(
+        model,
+        batch=batch,
+        auto_class=auto,
+        directions=args.directions,
+        transfer_dtype=args.transfer_dtype,
+    )
 
 
 def table(step: Paper, args: argparse.Namespace, devices: list[DeviceSpec]) -> list[Row]:
@@ -233,6 +240,7 @@ def describe(args: argparse.Namespace, name: str, step: Paper) -> dict[str, Any]
         "seq": args.seq,
         "directions": args.directions,
         "storage": args.storage,
+        "transfer_dtype": args.transfer_dtype,
     }
 
 
@@ -290,7 +298,9 @@ def memory_cells(r: Row, scale: float) -> tuple[str, ...]:
     if r.plan is None:
         return (r.memory, f"needs {r.minimum / scale:.3f}")
     p = r.plan
-    values = [p.device_bytes, *(p.items[name] for name in ITEMS), p.host_bytes, p.disk_bytes]
+    items = dict(p.items)
+    items["slots"] += items.get("decoded weights", 0)
+    values = [p.device_bytes, *(items[name] for name in ITEMS), p.host_bytes, p.disk_bytes]
     return (r.memory, *(f"{v / scale:.3f}" for v in values), str(p.stages))
 
 

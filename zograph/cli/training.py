@@ -176,6 +176,8 @@ def open_step(args: argparse.Namespace, model: Any, logged: LogFile | None) -> z
         "backend": args.backend,
         "memory": args.memory,
         "storage": args.storage,
+        "transfer_dtype": args.transfer_dtype,
+        "rounding": args.rounding,
         "fsync_every": args.fsync_every,
     }
     if args.fold_every is not None:

@@ -92,7 +92,7 @@ class Trial:
 
     def moved(self) -> dict[str, int]:
         """Return the bytes that each transfer stream has moved so far."""
-        return {str(s): n for s, n in self.slots.moved_bytes.items() if s != Stream.COMPUTE}
+        return self.runner.moved_bytes
 
     @property
     def slots(self) -> Slots:

@@ -190,3 +190,11 @@ def fill(out: Tensor, seed: int, key: int, distribution: str, *, first: int = 0)
         distribution == "normal",
         torch.get_num_threads(),
     )
+
+
+def fill_address() -> int:
+    """Return where `zg_fill` is, for other kernels that make noise."""
+    assert _library is not None
+    address = ctypes.cast(_library.zg_fill, ctypes.c_void_p).value
+    assert address is not None
+    return address

@@ -74,13 +74,13 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
-def _compile(compiler: list[str], flags: list[str], target: Path) -> str:
+def _compile(source: Path, compiler: list[str], flags: list[str], target: Path) -> str:
     """Compile to a temporary name and rename, so that processes never see half a file."""
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     libraries = [f for f in flags if f.endswith((".so", ".so.1")) or ".so." in f]
     options = [f for f in flags if f not in libraries]
-    command = [*compiler, *BASE_FLAGS, *options, "-o", temporary, str(SOURCE), *libraries]
+    command = [*compiler, *BASE_FLAGS, *options, "-o", temporary, str(source), *libraries]
     try:
         done = _run(command)
         if done.returncode == 0:
@@ -101,27 +101,27 @@ def _folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="zograph-"))
 
 
-def build() -> ctypes.CDLL:
-    """Return the library, compiled now unless the cache has it.
+def build(source: Path = SOURCE) -> ctypes.CDLL:
+    """Return a source's library, compiled now unless the cache has it.
 
     Raises
     ------
     KernelBuildError
         If there is no compiler, or none could compile and load the source.
     """
-    source = SOURCE.read_bytes()
+    text = source.read_text(encoding="utf-8")
     cpu = _cpu_flags()
     folder = _folder()
     problems = []
     for compiler in compilers():
         version = _run([*compiler, "--version"]).stdout
         for flags in _flag_sets(version, cpu):
-            parts = [source.decode(), *compiler, version, *BASE_FLAGS, *flags, cpu]
+            parts = [text, *compiler, version, *BASE_FLAGS, *flags, cpu]
             digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=10).hexdigest()
-            target = folder / f"noise-{digest}.so"
+            target = folder / f"{source.stem}-{digest}.so"
             try:
                 if not target.exists():
-                    problem = _compile(compiler, flags, target)
+                    problem = _compile(source, compiler, flags, target)
                     if problem:
                         problems.append(problem)
                         continue

@@ -19,7 +19,7 @@ from torch import Tensor
 from zograph.kernels import Terms
 from zograph.noise import noise_at, stream_words
 
-__all__ = ["TILE", "apply_terms_", "can_compile", "perturb", "perturb_rows"]
+__all__ = ["TILE", "apply_terms_", "can_compile", "perturb", "perturb_rows", "term_engine"]
 
 TILE = 1 << 17
 WIDE_TILE = 1 << 23
@@ -91,6 +91,12 @@ def _plan(n: int, device: torch.device) -> tuple[int, bool]:
     compiled = device.type == "cuda" and can_compile(device)
     wide = device.type == "cuda" and n >= WIDE_TILE
     return (WIDE_TILE if wide else TILE), compiled
+
+
+def term_engine(flat: Tensor) -> tuple[Callable[..., None], int, bool]:
+    """Return what applies one term to a float32 tile, the tile's size, whether it must be whole."""
+    tile, compiled = _plan(flat.numel(), flat.device)
+    return _engine(compiled)[0], tile, compiled
 
 
 def _padded(x: Tensor, tile: int) -> Tensor:

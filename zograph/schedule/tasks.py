@@ -28,7 +28,8 @@ class Unit:
 
     name: str
     arena: str
-    """Which memory it stands in: ``device``, or ``staging`` for buffers on the way."""
+    """Which memory it stands in: ``device``; ``decoded`` for what stages decode from there; or
+    ``staging`` for buffers on the way."""
     bytes: int
 
 

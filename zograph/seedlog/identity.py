@@ -29,8 +29,12 @@ NUMERIC = (
     "distribution",
     "compute_dtype",
     "fold_every",
+    "transfer_dtype",
+    "rounding",
 )
 """The options that change what a step computes."""
+YOUNGER = {"transfer_dtype": None, "rounding": "nearest"}
+"""Options that older logs do not name, and what they were then."""
 
 
 def header_of(
@@ -103,7 +107,7 @@ def plain(value: Any) -> Any:
 
 def option_of(name: str, value: Any) -> Any:
     """Return an option from what JSON has of it."""
-    return getattr(torch, value) if name == "compute_dtype" and value is not None else value
+    return getattr(torch, value) if name.endswith("_dtype") and value is not None else value
 
 
 def check(path: object, logged: LogHeader, now: LogHeader, *, narrow: bool) -> list[str]:
@@ -112,7 +116,8 @@ def check(path: object, logged: LogHeader, now: LogHeader, *, narrow: bool) -> l
     Parameters
     ----------
     narrow
-        Whether weights narrower than float32 are trained: their bits depend on the fold period.
+        Whether weights narrower than float32, or stored so, are trained: their bits depend on the
+        fold period.
 
     Returns
     -------
@@ -125,7 +130,7 @@ def check(path: object, logged: LogHeader, now: LogHeader, *, narrow: bool) -> l
         If model, base, options, engine or noise are not those of the log.
     """
     check_base(path, logged, now)
-    for name, value in logged.options.items():
+    for name, value in (YOUNGER | logged.options).items():
         if now.options[name] != value and (narrow or name != "fold_every"):
             raise LogError(
                 f"{path} was written with {name}={value!r}, and the run would go on with "

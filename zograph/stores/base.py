@@ -36,7 +36,8 @@ class Store(ABC):
 
     `read` and `write` of different parameters may run at the same time on different threads;
     of one parameter they never do. Buffers are 1-dim uint8 tensors in host memory, page-aligned,
-    of ``padded(parameter bytes)`` bytes; the padding holds anything.
+    of ``padded(parameter's stored bytes)`` bytes; the padding holds anything. What a parameter with
+    a format has there are the bytes that :func:`zograph.codec.encode` made.
     """
 
     tier: ClassVar[Literal["host", "disk"]]
@@ -44,7 +45,10 @@ class Store(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> torch.Tensor | None:
-        """Return the stored tensor itself where it is in host memory, else None."""
+        """Return the stored tensor itself where it is in host memory, else None.
+
+        Of a parameter with a format: its stored bytes, uint8 [stored bytes].
+        """
 
     @abstractmethod
     def read(self, name: str, buffer: torch.Tensor) -> int:

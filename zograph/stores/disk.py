@@ -11,6 +11,8 @@ from typing import ClassVar, Literal
 import torch
 import xxhash
 
+from zograph.clipping import Clipped
+from zograph.codec import encode
 from zograph.errors import StoreError
 from zograph.ir import ParamInfo
 from zograph.stores import extents
@@ -43,7 +45,8 @@ class DiskStore(Store):
 
     Written values go into one sparse file, alternating between two extents per parameter:
     payload first, then its header with the step, a sequence number and a checksum. So a kill
-    at any moment leaves the newest complete value.
+    at any moment leaves the newest complete value. A parameter with a format is encoded when it
+    is first read, and written as the value of step 0.
 
     Parameters
     ----------
@@ -56,6 +59,8 @@ class DiskStore(Store):
     resume
         Go on with the work file of an earlier run, if there is one, and take from it the newest
         values that are whole and of which this says that they belong to the run.
+    clipped
+        Counts what formats cannot hold.
 
     Raises
     ------
@@ -72,7 +77,11 @@ class DiskStore(Store):
         source: Source,
         *,
         resume: Belongs | None = None,
+        clipped: Clipped | None = None,
     ) -> None:
+        self.origin: Callable[[], int] = lambda: 0
+        """Gives the lineage of the values that a run starts from."""
+        self._clipped = Clipped() if clipped is None else clipped
         self.folder = folder
         self.path = folder.path / WORK_FILE
         self._table = dict(table)
@@ -98,9 +107,20 @@ class DiskStore(Store):
         self._check_open()
         newest = self._newest.get(name)
         if newest is None:
-            return self._source.read(self._table[name], buffer)
+            return self._first(self._table[name], buffer)
         assert self._file is not None
         return self._file.read(self._places[name].payload(newest.which), buffer)
+
+    def _first(self, info: ParamInfo, buffer: torch.Tensor) -> int:
+        """Read a parameter that was never written; keep it, if it has to be encoded."""
+        if info.format is None:
+            return self._source.read(info, buffer)
+        given = page_aligned(padded(info.bytes))
+        count = self._source.read(info, given)
+        stored = buffer[: info.stored_bytes]
+        self._clipped.add(info.name, encode(as_tensor(info, given), info.format, stored))
+        self.write(info.name, buffer, 0, self.origin())
+        return count
 
     def read_rows(self, name: str, rows: torch.Tensor, out: torch.Tensor) -> int:
         self._check_open()
@@ -201,7 +221,8 @@ class DiskStore(Store):
         version, model = found
         if version != extents.VERSION or model != extents.fingerprint(self._table):
             raise StoreError(
-                f"{self.path} belongs to another model: parameter names, shapes or dtypes differ. "
+                f"{self.path} belongs to another model: parameter names, shapes or dtypes (also "
+                f"transfer_dtype) differ. "
                 f"Load the model that the run started with, or name another folder."
             )
         self._file = WorkFile(self.path, self._size, create=False)

@@ -2,7 +2,7 @@
 
 The file starts with one page that names the model. Then each parameter, in the model's order,
 has two extents; an extent is one header page and the payload, padded to whole pages. Places
-follow from the parameters' names, shapes and dtypes alone.
+follow from the parameters' names, shapes, dtypes and formats alone.
 """
 
 from __future__ import annotations
@@ -72,15 +72,18 @@ def places(table: Mapping[str, ParamInfo]) -> tuple[dict[str, Place], int]:
     """Return the place of every parameter and the size of the whole file."""
     found, end = {}, PAGE
     for name, info in table.items():
-        span = PAGE + padded(info.bytes)
-        found[name] = Place((end, end + span), info.bytes)
+        span = PAGE + padded(info.stored_bytes)
+        found[name] = Place((end, end + span), info.stored_bytes)
         end += 2 * span
     return found, end
 
 
 def fingerprint(table: Mapping[str, ParamInfo]) -> bytes:
-    """Return 32 bytes that stand for the parameters' names, shapes and dtypes, in order."""
-    text = "\n".join(f"{p.name} {list(p.shape)} {p.dtype}" for p in table.values())
+    """Return 32 bytes for the parameters' names, shapes, dtypes and formats, in order."""
+    text = "\n".join(
+        f"{p.name} {list(p.shape)} {p.dtype}" + (f" as {p.format.name}" if p.format else "")
+        for p in table.values()
+    )
     return hashlib.blake2b(text.encode(), digest_size=32).digest()
 
 

@@ -8,10 +8,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from zograph.clipping import Clipped
+from zograph.codec import encode
 from zograph.ir import ParamInfo
 from zograph.stores.base import Store, padded, page_aligned
 from zograph.stores.pinned import PinnedSlab
-from zograph.stores.source import as_tensor
+from zograph.stores.source import as_stored
 
 CHUNK = 1 << 30
 """Bytes registered at a time; a larger parameter is registered as a whole."""
@@ -19,6 +21,8 @@ CHUNK = 1 << 30
 
 class HostStore(Store):
     """The model's parameters in host memory. They are looked up at every access.
+
+    Those with a format are not: they are encoded once, at the start, into memory beside the model.
 
     Parameters
     ----------
@@ -31,11 +35,15 @@ class HostStore(Store):
         up to whole pages), for copies to a GPU that run beside its work.
     cudart
         The CUDA runtime to pin with, by default torch's.
+    clipped
+        Counts what formats cannot hold.
 
     Raises
     ------
     StoreError
         If the memory cannot be pinned.
+    ModelError
+        If a parameter with a format has NaNs.
     """
 
     tier: ClassVar[Literal["host", "disk"]] = "host"
@@ -47,22 +55,30 @@ class HostStore(Store):
         *,
         pinned: bool = False,
         cudart: Any = None,
+        clipped: Clipped | None = None,
     ) -> None:
         self._tensors = tensors
         self._table = dict(table)
         self._steps = dict.fromkeys(table, 0)
+        self._encoded: dict[str, torch.Tensor] = {}
+        self._clipped = Clipped() if clipped is None else clipped
         self._pinned: PinnedSlab | None = None
         if pinned:
             self._pinned = self._pin(cudart)
+        for info in table.values():
+            if info.format is not None and not pinned:
+                device = self._given(info).device
+                where = torch.empty(info.stored_bytes, dtype=torch.uint8, device=device)
+                self._encode(info, where)
 
     def tensor(self, name: str) -> torch.Tensor:
-        info = self._table[name]
-        return info.view(self._tensors(info.parameter).detach())
+        info, encoded = self._table[name], self._encoded.get(name)
+        return self._given(info) if encoded is None else encoded
 
     def read(self, name: str, buffer: torch.Tensor) -> int:
         info = self._table[name]
-        as_tensor(info, buffer).copy_(self.tensor(name))
-        return info.bytes
+        as_stored(info, buffer).copy_(self.tensor(name))
+        return info.stored_bytes
 
     def read_rows(self, name: str, rows: torch.Tensor, out: torch.Tensor) -> int:
         torch.index_select(self.tensor(name), 0, rows, out=out)
@@ -70,9 +86,9 @@ class HostStore(Store):
 
     def write(self, name: str, buffer: torch.Tensor, step: int, lineage: int = 0) -> int:
         info = self._table[name]
-        self.tensor(name).copy_(as_tensor(info, buffer))
+        self.tensor(name).copy_(as_stored(info, buffer))
         self._steps[name] = step
-        return info.bytes
+        return info.stored_bytes
 
     def fold_steps(self) -> Mapping[str, int]:
         return dict(self._steps)
@@ -81,20 +97,40 @@ class HostStore(Store):
         if self._pinned is not None:
             self._pinned.close()
 
+    def _given(self, info: ParamInfo) -> torch.Tensor:
+        """Return what the model holds of an entry."""
+        return info.view(self._tensors(info.parameter).detach())
+
+    def _encode(self, info: ParamInfo, place: torch.Tensor) -> None:
+        """Store a parameter's first value in its format."""
+        assert info.format is not None
+        weight = self._given(info).contiguous()
+        self._clipped.add(info.name, encode(weight, info.format, place))
+        self._encoded[info.name] = place
+
     def _pin(self, cudart: Any) -> PinnedSlab:
         """Move one parameter after the other into a slab, then pin it.
 
         In this order the model and the slab are never both in memory as a whole.
         """
-        parameters = {i.parameter: self._tensors(i.parameter) for i in self._table.values()}
-        slab = page_aligned(sum(padded(p.nbytes) for p in parameters.values()))
+        parts: dict[str, list[ParamInfo]] = {}
+        for info in self._table.values():
+            parts.setdefault(info.parameter, []).append(info)
+        sizes = [self._tensors(n).nbytes if i[0].format is None else 0 for n, i in parts.items()]
+        sizes += [info.stored_bytes for info in self._table.values() if info.format is not None]
+        slab = page_aligned(sum(map(padded, sizes)))
         start, ranges = 0, [0]
-        for parameter in parameters.values():
-            place = slab[start : start + parameter.nbytes].view(parameter.dtype)
-            place = place.view(parameter.shape)
-            place.copy_(parameter.detach())
-            parameter.data = place
-            start += padded(parameter.nbytes)
+        for name, infos in parts.items():
+            parameter = self._tensors(name)
+            if infos[0].format is None:
+                place = slab[start : start + parameter.nbytes].view(parameter.dtype)
+                place = place.view(parameter.shape)
+                place.copy_(parameter.detach())
+                parameter.data = place
+                start += padded(parameter.nbytes)
+            for info in infos if infos[0].format is not None else ():
+                self._encode(info, as_stored(info, slab[start:]))
+                start += padded(info.stored_bytes)
             if start - ranges[-1] >= CHUNK:
                 ranges.append(start)
         cuts = [*ranges, slab.numel()]

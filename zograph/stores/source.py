@@ -43,6 +43,11 @@ def as_tensor(info: ParamInfo, buffer: torch.Tensor) -> torch.Tensor:
     return buffer[: info.bytes].view(info.dtype).view(info.shape)
 
 
+def as_stored(info: ParamInfo, buffer: torch.Tensor) -> torch.Tensor:
+    """View the start of a uint8 buffer as what is stored: the parameter, or its encoded bytes."""
+    return as_tensor(info, buffer) if info.format is None else buffer[: info.stored_bytes]
+
+
 class TensorSource(Source):
     """Values in memory, looked up by name at every read."""
 

@@ -99,7 +99,7 @@ def merged_moves(strips: list[Item | None]) -> Item | None:
     known = [s for s in strips if s is not None]
     if not known:
         return None
-    order = ("fetch", "wait", "fold", "write back", "release")
+    order = ("fetch", "wait", "decode", "fold", "encode", "write back", "release")
     moves: dict[str, Move] = {}
     for what in order:
         found = [s.moves.get(what) if s is not None else None for s in strips]

@@ -12,7 +12,10 @@ from zograph.viz.scene import Item, Move, Scene, Stage
 LINE = {"+": "#D55E00", "-": "#0072B2", "hoisted": "#009E73", "": "#555555"}
 FILL = {"+": "#FBD9BD", "-": "#BFE0F5", "hoisted": "#BFE8DB", "": "#EEEEEE"}
 BAR, WEIGHT, NOISE = "#E6B800", "#FFF9DB", "#CC79A7"
-MOVE = {"fetch": "#DDD6F3", "write back": "#F3D3E3", "fold": "#FBEBA6"}
+MOVE = {
+    "fetch": "#DDD6F3", "write back": "#F3D3E3", "fold": "#FBEBA6",
+    "decode": "#FBEBA6", "encode": "#FBEBA6",
+}  # fmt: skip
 """Fills of what happens to weights; waiting and releasing have none."""
 SLOT = "#7A5FB5"
 """Colour of the arrows from a released slot to its next fetch."""
@@ -201,7 +204,9 @@ def legend(scene: Scene) -> str:
     seen = {what for i in scene.items.values() for what in i.moves}
     moves = (
         ("fetch", "weights arrive in slots of the device; below: the stream"),
+        ("decode", "weights are read from their stored format, updated"),
         ("fold", "the last step's update is applied to the weights"),
+        ("encode", "the new weights are put into their stored format"),
         ("write back", "the new weights leave; below: the stream"),
     )
     for what, words in moves:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from zograph.ir import Kind, info, is_shape, meta, op_name
 from zograph.passes.partition import structure
 from zograph.printer import Printer, body_of
-from zograph.transfers import FETCH, FOLD, RELEASE, WAIT, WRITEBACK
+from zograph.transfers import DECODE, ENCODE, FETCH, FOLD, RELEASE, WAIT, WRITEBACK
 from zograph.viz.scene import Edge, Item, ItemKind, Move, Scene, Stage
 
 VIEWS = {"view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
@@ -24,7 +24,9 @@ TERMS = ("seeds", "coefs", "scales")
 MOVES: dict[Any, str] = {
     FETCH: "fetch",
     WAIT: "wait",
+    DECODE: "decode",
     FOLD: "fold",
+    ENCODE: "encode",
     WRITEBACK: "write back",
     RELEASE: "release",
 }
@@ -148,22 +150,27 @@ class Reader:
     def _transfer(self, node: fx.Node, known: dict[fx.Node, Origin | None]) -> None:
         """Add to what happens to a stage's weights; they stay the same weights for the picture."""
         first, stage = node.args[0], meta(node).stage
+        single = node.target in (DECODE, ENCODE)
         if isinstance(first, fx.Node):
-            origins = self.lists[first]
+            origins = [known.get(first)] if single else self.lists[first]
         else:
             assert isinstance(first, (list, tuple))
             origins = [known.get(n) if isinstance(n, fx.Node) else None for n in first]
         self.lists[node] = origins
-        for user in node.users:
+        if single:
+            known[node] = origins[0]
+        for user in () if single else node.users:
             index = user.args[1] if len(user.args) > 1 else None
             if isinstance(index, int):
                 known[user] = origins[index]
         strip = self._strip(stage)
         what = MOVES[node.target]
         names = [o.param for o in origins if o is not None]
-        size = sum(self.scene.params[n].bytes for n in names if n in self.scene.params)
+        size = sum(self.scene.params[n].stored_bytes for n in names if n in self.scene.params)
         if what == "fold":
             size = self._terms(node.args[1])
+        elif single:  # one node for each weight
+            size += strip.moves[what].high if what in strip.moves else 0
         elif what not in TASKS:
             size = 0
         strip.moves[what] = Move(what, size, size, self._streams(what, stage))
