@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from zograph.cli import bench_offload, bench_replay, bench_transfers, shapes
+from zograph.cli import bench_noise, bench_offload, bench_replay, bench_transfers, shapes
 from zograph.cli.inputs import InputError, integer
 from zograph.cli.output import check_file
 
@@ -40,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
     bench_offload.add_parser(kinds)
     bench_replay.add_parser(kinds)
     bench_transfers.add_parser(kinds)
+    bench_noise.add_parser(kinds)
 
 
 def run(args: argparse.Namespace) -> int:
