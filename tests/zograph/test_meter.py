@@ -201,7 +201,7 @@ def test_copies_are_scratch_and_noise() -> None:
     w = b.param("w", (32, 32))
     empty = [b.input(n, (0,), d) for n, d in
              (("a", torch.int64), ("b", torch.float32), ("c", torch.float32))]  # fmt: skip
-    rest = (b.input("k", (1,), torch.int64), 0, b.input("s", (), torch.int64), b.input("e", ()))
+    rest = (b.input("k", (1, 2), torch.int64), 0, b.input("s", (), torch.int64), b.input("e", ()))
     pair = b.call(zo.materialize.default, w, *empty, *rest, torch.float32, "normal", True)
     one = b.call(zo.materialize_one.default, w, *empty, *rest, torch.bfloat16, "normal", True, 1)
     plus = b.call(aten.add.Tensor, b.call(operator.getitem, pair, 0), one)
