@@ -72,7 +72,7 @@ def test_equal_stages_are_folded() -> None:
     less = titles(viz.dot_source(graph("opt")))
     assert less[:2] + less[-1:] == whole[:2] + whole[-1:]
     assert less[2] == "stages 2-3: 2 x model.decoder.layers.N (8.5 k parameters, 34.2 kB each)"
-    assert "keys.2-3 [16]" in viz.dot_source(graph("opt"))
+    assert "keys.2-3 [16, 2]" in viz.dot_source(graph("opt"))
 
 
 @pytest.mark.slow
