@@ -29,7 +29,7 @@ def inputs(seed: int) -> list[Tensor]:
     w = torch.randn(65, 1025, generator=torch.Generator().manual_seed(1))
     assert w.numel() * torch.bfloat16.itemsize > SMALL  # so that the pool serves it
     terms = [torch.tensor([4, -7]), torch.tensor([1e-2, -3e-2]), torch.tensor([1.0, 0.5])]
-    return [w, *terms, torch.tensor([17, 23]), torch.tensor(seed), torch.tensor(1e-3)]
+    return [w, *terms, torch.tensor([[17, 0], [23, 0]]), torch.tensor(seed), torch.tensor(1e-3)]
 
 
 def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
