@@ -94,8 +94,7 @@ def is_frozen(gm: fx.GraphModule, table: fx.Node) -> bool:
     """Whether no step moves a table, and its rows can be read as they are stored."""
     bare = [p if meta(p).kind == Kind.PARAMETER else p.all_input_nodes[0]
             for p in pieces_of(table) or ()]  # fmt: skip
-    params = [info(gm).params[str(meta(n).name)] for n in bare]
-    return not any(p.trainable or p.format for p in params)
+    return all(info(gm).params[str(meta(n).name)].by_rows for n in bare)
 
 
 def emit(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -95,8 +95,7 @@ def is_frozen(gm: fx.GraphModule, arg: object) -> bool:
     """Whether a stage's argument is a parameter that no step moves, stored as it is."""
     if not isinstance(arg, fx.Node) or meta(arg).kind != Kind.PARAMETER:
         return False
-    param = info(gm).params[str(meta(arg).name)]
-    return not param.trainable and param.format is None
+    return info(gm).params[str(meta(arg).name)].by_rows
 
 
 def is_lookup(node: fx.Node, table: fx.Node, place: dict[fx.Node, int]) -> bool:

@@ -7,7 +7,6 @@ moved, cast, switched to eval mode nor otherwise touched, and no weight is read.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import traceback
 import warnings
@@ -28,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from zograph.errors import CaptureError
+from zograph.faking import fake_copy, placed
 from zograph.ir import KEY, GraphInfo, Kind, NodeMeta, fake_mode, info, placeholders
 from zograph.parameters import parameter_table
 from zograph.pieces import enter_in_pieces
@@ -149,38 +149,6 @@ def _find_loss(out: Any) -> Any:
     return out if isinstance(out, torch.Tensor) and not out.ndim else None
 
 
-def _fake_copy(
-    model: nn.Module, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None
-) -> nn.Module:
-    """Copy a module tree with fake parameters and buffers, in eval mode, caches off."""
-    persistent = {id(b) for b in model.state_dict(keep_vars=True).values()}
-
-    def fake(t: torch.Tensor, cast: bool) -> torch.Tensor:
-        to = dtype if dtype is not None and cast and t.is_floating_point() else t.dtype
-        return torch.empty_strided(t.shape, t.stride(), dtype=to, device=device)
-
-    memo: dict[int, Any] = {}
-    with mode:
-        for p in model.parameters():
-            memo[id(p)] = nn.Parameter(fake(p, True), requires_grad=False)
-        for b in model.buffers():
-            memo[id(b)] = fake(b, id(b) in persistent)
-    twin = copy.deepcopy(model, memo)
-    twin.eval()
-    for module in twin.modules():
-        config = getattr(module, "config", None)
-        if config is not None and getattr(config, "use_cache", False) is True:
-            config.use_cache = False
-    return twin
-
-
-def _placed(leaf: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Move a stand-in to the device and, if it is floating, to the compute dtype."""
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    return leaf.to(device, dtype if leaf.is_floating_point() else None)
-
-
 def _user_line(error: BaseException) -> str:
     """Return `file:line: code` of the deepest frame outside torch and zograph."""
     own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -255,10 +223,10 @@ def capture(
     """
     device = device or torch.device("cpu")
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    traced = _Traced(_fake_copy(model, mode, device, compute_dtype), loss_fn, want_loss)
+    traced = _Traced(fake_copy(model, mode, device, compute_dtype), loss_fn, want_loss)
     with mode:
         leaves = [leaf.stand_in(sig.level) for leaf in sig.leaves]
-        leaves = [_placed(x, device, compute_dtype) for x in leaves]
+        leaves = [placed(x, device, compute_dtype) for x in leaves]
     stand_ins = pytree.tree_unflatten(leaves, pytree.tree_structure(dict(batch)))
     try:
         ep = _export(traced, stand_ins, sig)

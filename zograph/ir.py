@@ -105,6 +105,11 @@ class ParamInfo:
         """Index of its first element in the parameter: the noise goes on from there."""
         return self.row * math.prod(self.shape[1:])
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows of what is stored are rows of the weight, in every step."""
+        return not self.trainable and self.format is None
+
     def view(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return its part of the parameter, in the parameter's memory."""
         if self.of is None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zograph import codec
+from zograph.applying import Owed, decode_terms, fold_terms
 from zograph.errors import LogError, ModelError, OptionError, StoreError
 from zograph.export import origins, save_streamed
 from zograph.formats import with_format
@@ -27,7 +28,6 @@ from zograph.seedlog.identity import check_base, option_of, start_of
 from zograph.stores.base import padded, page_aligned
 from zograph.stores.extents import fingerprint
 from zograph.stores.source import TensorSource, as_tensor, source_of
-from zograph.weights import fold_terms
 
 ATONCE = 1 << 32
 """Elements times terms of one call of the kernel, about a second: Ctrl-C is heard in between."""
@@ -247,23 +247,20 @@ class Replayed:
                 fold_terms(weight, param, terms, ends, self._distribution)
         return weight
 
-    def _decode(
-        self, part: ParamInfo, weight: torch.Tensor, owed: tuple[Terms, torch.Tensor | None] | None
-    ) -> None:
+    def _decode(self, part: ParamInfo, weight: torch.Tensor, owed: Owed | None) -> None:
         """Turn first values into those that a run has which stores them in a format."""
         assert part.format is not None
         stored = part.format.empty(part.shape, weight.device)
         codec.encode(weight, part.format, stored)
-        terms, ends = codec.NOTHING, None
-        if owed is not None:
-            given, ends = owed
-            terms = (given.seeds, given.coefs, given.scales if part.decay else None)
-            ends = torch.zeros(len(given.seeds), dtype=torch.bool) if ends is None else ends.clone()
-            ends[-1:] |= self._history.is_fold_point(self._history.newest, part.key)
-        codec.decode(
-            stored, part.format, weight, terms, part.key, first=part.first,
-            ends=ends, rounding=self._rounding, distribution=self._distribution,
-        )  # fmt: skip
+        decode_terms(
+            stored,
+            part,
+            owed,
+            weight,
+            at_fold_point=self._history.is_fold_point(self._history.newest, part.key),
+            rounding=self._rounding,
+            distribution=self._distribution,
+        )
 
 
 def portions(

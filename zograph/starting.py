@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
+from zograph.clipping import Clipped
 from zograph.formats import with_format
+from zograph.ir import ParamInfo
 from zograph.options import Options
 from zograph.parameters import parameter_table
 from zograph.pieces import cut_tables
@@ -16,7 +19,12 @@ from zograph.records import Outcome
 from zograph.seedlog import Journal, LogFile, LogHeader
 from zograph.seedlog.identity import check, header_of
 from zograph.seedlog.placing import check_absent
-from zograph.weights import Weights, open_weights
+from zograph.stores.base import Store
+from zograph.stores.disk import Belongs, DiskStore
+from zograph.stores.folder import open_work_folder, work_folder
+from zograph.stores.host import HostStore
+from zograph.stores.source import TensorSource, source_of
+from zograph.weights import Weights, owner_of
 
 
 class RunLog:
@@ -138,3 +146,50 @@ def open_run(
     log = RunLog(options.log, logged.header, options.fsync_every, weights)
     log.use(journal)
     return weights, log
+
+
+def open_weights(
+    model: nn.Module,
+    table: Mapping[str, ParamInfo],
+    options: Options,
+    resume: Belongs | None = None,
+) -> Weights:
+    """Open the store that the options ask for; move to the device what stays there.
+
+    Parameters
+    ----------
+    resume
+        As :class:`DiskStore` takes it.
+
+    Raises
+    ------
+    StoreError
+        If the work folder cannot be used.
+    """
+    clipped = Clipped()
+    source = source_of(model)
+    if source is None and options.storage == "host":
+        pinned = options.memory is not None and options.device.type == "cuda"
+        if not pinned:
+            model.to(options.device)
+        owner = {p.parameter: owner_of(model, p.parameter) for p in table.values()}
+        store: Store = HostStore(
+            lambda name: getattr(*owner[name]), table, pinned=pinned, clipped=clipped
+        )
+    else:
+        asked = options.storage if source is None or options.storage != "host" else source.storage
+        folder = None if options.log is None else work_folder(options.log)
+        if str(asked) not in ("host", "disk"):
+            folder = Path(asked)
+        parameters = dict(model.named_parameters())
+        known = source or TensorSource(parameters.__getitem__)
+        opened = open_work_folder(folder)
+        store = DiskStore(opened, table, known, resume=resume, clipped=clipped)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(options.device))
+    period = options.fold_every if isinstance(options.fold_every, int) else 1
+    clipped.check(wait=True)
+    return Weights(
+        model, table, options.distribution, store, options.device, period, options.rounding, clipped
+    )

@@ -16,18 +16,15 @@ import torch
 from torch import nn
 
 from zograph import codec
+from zograph.applying import decode_terms, fold_terms
 from zograph.clipping import Clipped
 from zograph.errors import ParameterChangedError
 from zograph.history import History, Terms
 from zograph.ir import Kind, ParamInfo
-from zograph.ops import fold_
-from zograph.options import Options
 from zograph.pool import pool
 from zograph.stores.base import Store, padded, page_aligned
-from zograph.stores.disk import Belongs, DiskStore
-from zograph.stores.folder import open_work_folder, work_folder
-from zograph.stores.host import HostStore
-from zograph.stores.source import TensorSource, as_stored, as_tensor, source_of
+from zograph.stores.disk import DiskStore
+from zograph.stores.source import as_stored, as_tensor
 
 
 class Weights:
@@ -293,20 +290,12 @@ class Weights:
 
     def decode(self, name: str, stored: torch.Tensor, version: int, out: torch.Tensor) -> int:
         """Read an encoded weight of a version into `out`, with what it owes; return its version."""
-        param, terms, ends = self.table[name], codec.NOTHING, None
+        param = self.table[name]
         newest = self.history.newest if param.trainable else version
         owed = self.history.since(version, param.key) if param.trainable else None
-        if owed is not None:
-            given, ends = owed[0].to(out.device), owed[1]
-            terms = (given.seeds, given.coefs, given.scales if param.decay else None)
-            if ends is None:
-                ends = torch.zeros(len(given.seeds), dtype=torch.bool)
-            ends = ends.clone()
-            ends[-1:] |= self.is_fold_point(name, newest)
-        assert param.format is not None
-        counts = codec.decode(
-            stored, param.format, out, terms, param.key, first=param.first,
-            ends=ends, rounding=self.rounding, distribution=self.distribution,
+        counts = decode_terms(
+            stored, param, owed, out, at_fold_point=self.is_fold_point(name, newest),
+            rounding=self.rounding, distribution=self.distribution,
         )  # fmt: skip
         self.clipped.add(name, counts)
         return newest
@@ -401,74 +390,6 @@ class Weights:
         self.decode(name, buffer, version, decoded)
         self.encode(name, decoded, as_stored(self.table[name], buffer))
         self.write(name, buffer, newest)
-
-
-def open_weights(
-    model: nn.Module,
-    table: Mapping[str, ParamInfo],
-    options: Options,
-    resume: Belongs | None = None,
-) -> Weights:
-    """Open the store that the options ask for; move to the device what stays there.
-
-    Parameters
-    ----------
-    resume
-        As :class:`DiskStore` takes it.
-
-    Raises
-    ------
-    StoreError
-        If the work folder cannot be used.
-    """
-    clipped = Clipped()
-    source = source_of(model)
-    if source is None and options.storage == "host":
-        pinned = options.memory is not None and options.device.type == "cuda"
-        if not pinned:
-            model.to(options.device)
-        owner = {p.parameter: owner_of(model, p.parameter) for p in table.values()}
-        store: Store = HostStore(
-            lambda name: getattr(*owner[name]), table, pinned=pinned, clipped=clipped
-        )
-    else:
-        asked = options.storage if source is None or options.storage != "host" else source.storage
-        folder = None if options.log is None else work_folder(options.log)
-        if str(asked) not in ("host", "disk"):
-            folder = Path(asked)
-        parameters = dict(model.named_parameters())
-        known = source or TensorSource(parameters.__getitem__)
-        opened = open_work_folder(folder)
-        store = DiskStore(opened, table, known, resume=resume, clipped=clipped)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(options.device))
-    period = options.fold_every if isinstance(options.fold_every, int) else 1
-    clipped.check(wait=True)
-    return Weights(
-        model, table, options.distribution, store, options.device, period, options.rounding, clipped
-    )
-
-
-def fold_terms(
-    weight: torch.Tensor,
-    param: ParamInfo,
-    terms: Terms,
-    ends: torch.Tensor | None,
-    distribution: str,
-) -> None:
-    """Apply terms to a weight in place; a narrow one is rounded at `ends` and behind the last."""
-    fold_(
-        weight,
-        terms.seeds,
-        terms.coefs,
-        terms.scales,
-        param.key,
-        first=param.first,
-        distribution=distribution,
-        decay=param.decay,
-        ends=ends if param.dtype.itemsize < 4 else None,
-    )
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -19,6 +19,7 @@ from zograph.env import setting
 __all__ = ["KernelBuildError", "build", "cache_dir", "compilers"]
 
 SOURCE = Path(__file__).with_name("noise.cpp")
+HEADER = SOURCE.with_name("common.h")
 BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-fast-math")
 
 
@@ -109,7 +110,7 @@ def build(source: Path = SOURCE) -> ctypes.CDLL:
     KernelBuildError
         If there is no compiler, or none could compile and load the source.
     """
-    text = source.read_text(encoding="utf-8")
+    text = source.read_text(encoding="utf-8") + HEADER.read_text(encoding="utf-8")
     cpu = _cpu_flags()
     folder = _folder()
     problems = []
