@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from zograph.ir import Kind, call, info, meta, output
+from zograph.ir import call, output
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
-from zograph.pieces import pieces_of
+from zograph.pieces import has_rows, pieces_of
 
 aten = torch.ops.aten
 
@@ -74,7 +74,7 @@ class Chunk(Pass):
                     losses += chunk_linear(gm, user)
                     products += 1
                 elif user.target is aten.embedding.default and user.args[0] is table:
-                    if ctx.by_rows and is_frozen(gm, table):
+                    if ctx.by_rows and all(has_rows(gm, p) for p in pieces_of(table) or ()):
                         continue
                     chunk_embedding(gm, user)
                     lookups += 1
@@ -88,13 +88,6 @@ class Chunk(Pass):
         if whole := [t for t in tables if t.users]:
             notes.append(f"{len(whole)} tables put together for other uses")
         return PassResult(gm, bool(products or lookups), tuple(notes))
-
-
-def is_frozen(gm: fx.GraphModule, table: fx.Node) -> bool:
-    """Whether no step moves a table, and its rows can be read as they are stored."""
-    bare = [p if meta(p).kind == Kind.PARAMETER else p.all_input_nodes[0]
-            for p in pieces_of(table) or ()]  # fmt: skip
-    return all(info(gm).params[str(meta(n).name)].by_rows for n in bare)
 
 
 def emit(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

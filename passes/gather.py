@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from zograph.ir import KEY, Kind, call, info, meta
+from zograph.ir import KEY, Kind, call, meta
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
-from zograph.pieces import pieces_of
+from zograph.pieces import has_rows, pieces_of
 from zograph.transfers import GATHER
 
 EMBEDDING = torch.ops.aten.embedding.default
@@ -64,7 +64,7 @@ def gather_in(gm: fx.GraphModule, name: str, calls: list[fx.Node]) -> int:
     for table in dict.fromkeys(n.args[0] for n in body.graph.nodes if n.target is EMBEDDING):
         parts = pieces_of(table) or [table]
         lookups = list(table.users)
-        stored = all(p in place and all(is_frozen(gm, c.args[place[p]]) for c in calls)
+        stored = all(p in place and all(has_rows(gm, c.args[place[p]]) for c in calls)
                      for p in parts)  # fmt: skip
         if not stored or not all(is_lookup(n, table, place) for n in lookups):
             continue
@@ -89,13 +89,6 @@ def gather_in(gm: fx.GraphModule, name: str, calls: list[fx.Node]) -> int:
         stage.args = tuple(a for i, a in enumerate(stage.args) if i not in dropped)
     body.recompile()
     return found
-
-
-def is_frozen(gm: fx.GraphModule, arg: object) -> bool:
-    """Whether a stage's argument is a parameter that no step moves, stored as it is."""
-    if not isinstance(arg, fx.Node) or meta(arg).kind != Kind.PARAMETER:
-        return False
-    return info(gm).params[str(meta(arg).name)].by_rows
 
 
 def is_lookup(node: fx.Node, table: fx.Node, place: dict[fx.Node, int]) -> bool:

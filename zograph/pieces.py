@@ -115,3 +115,10 @@ def pieces_of(node: object) -> list[fx.Node] | None:
     bare = [p.all_input_nodes[0] if p.target is CAST else p for p in parts]
     whole = all(meta(p).kind == Kind.PARAMETER for p in bare)
     return parts if whole and len(parts) == len(node.args[0]) else None  # type: ignore[arg-type]
+
+
+def has_rows(gm: fx.GraphModule, arg: object) -> bool:
+    """Whether a node is a parameter of which rows can be read where it is stored."""
+    if not isinstance(arg, fx.Node) or meta(arg).kind != Kind.PARAMETER:
+        return False
+    return info(gm).params[str(meta(arg).name)].by_rows

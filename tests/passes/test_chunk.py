@@ -162,3 +162,14 @@ def test_a_table_in_one_piece_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_idempotent() -> None:
     assert_idempotent(Chunk(), language_model())
+
+
+def test_a_table_that_is_cast_is_looked_up_by_pieces() -> None:
+    """The gather pass reads rows of parameters alone, so this one must not stay whole."""
+    b = GraphBuilder()
+    table = b.param("wte", (10, 4), trainable=False)
+    narrow = b.call(aten._to_copy.default, table, kwargs={"dtype": torch.bfloat16})
+    x = b.call(aten.embedding.default, narrow, b.input("ids", ("batch",), torch.int64))
+    gm = built(b, b.call(aten.sum.default, x), x)
+    text = check(gm, bitwise=True, ctx=PassContext(by_rows=True))
+    assert text.count("aten.embedding") == 3
