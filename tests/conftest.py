@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from zograph.device import DeviceSpec
+from zograph.options import pick_device
 
 SPEC = DeviceSpec(
     name="the tests' machine",
@@ -32,8 +34,8 @@ MEASURING = ("test_device", "test_doctor")
 _MEASURE: Any = DeviceSpec.__dict__["measure"]
 
 
-def _spec(cls: type, device: object = None, folder: object = None, **_: object) -> DeviceSpec:
-    return SPEC
+def _spec(cls: type, device: Any = None, folder: object = None, **_: object) -> DeviceSpec:
+    return dataclasses.replace(SPEC, kind=pick_device(device).type)
 
 
 @pytest.fixture(autouse=True, scope="session")

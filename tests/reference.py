@@ -30,7 +30,8 @@ class Reference:
 
     def noise(self, name: str, seed: int) -> torch.Tensor:
         shape = tuple(self.trainable[name].shape)
-        return zograph.noise(name, shape, seed, distribution=self.distribution)
+        z = zograph.noise(name, shape, seed, distribution=self.distribution)
+        return z.to(self.trainable[name].device)
 
     @torch.no_grad()
     def loss(self, batch: Mapping[str, Any]) -> float:

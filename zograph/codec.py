@@ -20,11 +20,15 @@ key and the element's index, on a stream of their own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from zograph.formats import BLOCK, Format
 from zograph.kernels import Terms, codec, tiles
+from zograph.kernels.engine import engine_for
 from zograph.noise import Words, stream_words
 
 SALT = 0x5DEECE66D1CE4E5B - (1 << 63)
@@ -58,8 +62,7 @@ def encode(weight: Tensor, form: Format, stored: Tensor) -> Tensor:
         return codec.encode(weight, form.code, raw)
     scales, data = parts(raw, form, weight.numel())
     counts = torch.zeros(2, dtype=torch.int64, device=weight.device)
-    for a in range(0, weight.numel(), tiles.TILE):
-        b = min(a + tiles.TILE, weight.numel())
+    for a, b in _tiles(weight):
         value = weight[a:b].to(torch.float32)
         counts += beyond(value, form)
         if form.scaled:
@@ -118,27 +121,32 @@ def decode(
             raw, form.code, flat, terms, key, ends, salt=SALT,
             stochastic=rounding == "stochastic", distribution=distribution, first=first,
         )  # fmt: skip
-    term, tile, compiled = tiles.term_engine(flat)
     counts = torch.zeros(2, dtype=torch.int64, device=out.device)
-    own = torch.tensor(key, device=out.device)
-    for a in range(0, flat.numel(), tile):
-        b = min(a + tile, flat.numel())
-        w = torch.zeros(tile if compiled else b - a, device=out.device)
-        value = w[: b - a]
-        value.copy_(unpacked(raw, form, flat, a, b))
-        start = torch.tensor(first + a, device=out.device)
-        for j in range(seeds.numel()):
-            scale = None if scales is None else scales[j]
-            term(w, start, seeds[j], own, coefs[j], scale, distribution)
-            if ends[j]:
+    own = torch.full((), key, device=out.device)
+    points = [0, *(ends.nonzero().view(-1) + 1).tolist(), seeds.numel()]
+    for a, b in _tiles(flat):
+        value = unpacked(raw, form, flat, a, b)
+        apply = engine_for(value, value.dtype).fold
+        for i, j in pairwise(points):
+            some: Terms = (seeds[i:j], coefs[i:j], None if scales is None else scales[i:j])
+            if i < j:
+                apply(value, some, key, distribution, None, first + a)
+            if i < j and ends[j - 1]:
                 counts += beyond(value, form)
                 bits = None
                 if rounding == "stochastic":
                     index = torch.arange(first + a, first + b, device=out.device)
-                    bits = rounding_bits(index, stream_words(seeds[j] ^ SALT, own))
-                value.copy_(rounded(value, form, out.dtype, bits))
+                    bits = rounding_bits(index, stream_words(seeds[j - 1] ^ SALT, own))
+                value = rounded(value, form, out.dtype, bits)
         flat[a:b] = value
     return counts
+
+
+def _tiles(weight: Tensor) -> Iterator[tuple[int, int]]:
+    """Cut elements into ranges that take bounded memory; on a GPU few, since each launches."""
+    size = tiles.TILE if weight.is_cpu else 32 * tiles.TILE
+    for a in range(0, weight.numel(), size):
+        yield a, min(a + size, weight.numel())
 
 
 def parts(raw: Tensor, form: Format, numel: int) -> tuple[Tensor, Tensor]:

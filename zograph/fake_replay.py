@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
@@ -97,6 +98,7 @@ def run_fake(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             stack.enter_context(env.suppress_guards())
             stack.enter_context(env.ignore_fresh_unbacked_symbols())
         stack.enter_context(mode or FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(enable_python_dispatcher())  # C++ composites may refuse symbolic sizes
         return target(*args, **kwargs)
 
 

@@ -30,8 +30,9 @@ class Terms:
         )
 
     def to(self, device: torch.device) -> Terms:
-        """Return the terms on a device."""
-        return Terms(self.seeds.to(device), self.coefs.to(device), self.scales.to(device))
+        """Return the terms on a device; does not wait for a GPU that they are sent to."""
+        columns = (self.seeds, self.coefs, self.scales)
+        return Terms(*(c.to(device, non_blocking=device.type == "cuda") for c in columns))
 
     @staticmethod
     def joined(steps: Sequence[Terms]) -> Terms:

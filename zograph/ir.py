@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
@@ -196,7 +197,8 @@ def evaluate(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
     fargs, fkwargs = value(tuple(args)), value(dict(kwargs))
     leaves = pytree.tree_leaves((fargs, fkwargs))
     modes = [x.fake_mode for x in leaves if isinstance(x, torch._subclasses.FakeTensor)]
-    with torch.no_grad(), modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True):
+    mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), mode, enable_python_dispatcher():
         return target(*fargs, **fkwargs)
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zograph import kernels
-from zograph.kernels import Terms, tiles
+from zograph.kernels import Terms
+from zograph.kernels.engine import engine_for
 from zograph.noise import check_distribution
 from zograph.pool import SMALL, pool
 
@@ -74,12 +74,6 @@ def _check_probe(base: Tensor, keys: Tensor, slot: int, seed: Tensor, eps: Tenso
         raise ValueError("base is on the CPU, so keys, seed and eps must be")
 
 
-def _native(base: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the C++ kernel serves this base and output dtype."""
-    known = base.is_cpu and base.dtype in kernels.DTYPES and dtype in kernels.DTYPES
-    return known and kernels.available()
-
-
 def _empty(base: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
     """One output: from the pool if it is large and on the CPU."""
     if index is None and (base.numel() * dtype.itemsize < SMALL or not base.is_cpu):
@@ -117,16 +111,8 @@ def _run(
     base = base.contiguous()
     plus = _empty(base, index, dtype) if sign >= 0 else None
     minus = _empty(base, index, dtype) if sign <= 0 else None
-    if _native(base, dtype):
-        key = keys.data_ptr() + 16 * slot
-        kernels.perturb(base, index, plus, minus, terms, key, seed, eps, distribution)
-        return plus, minus
-    probe = (keys[slot, 0], seed.view(()), eps.view(()))
-    first = keys[slot, 1]
-    if index is None:
-        tiles.perturb(base, plus, minus, terms, *probe, distribution, first=first)
-    else:
-        tiles.perturb_rows(base, index, plus, minus, terms, *probe, distribution, first=first)
+    given = (terms, keys, slot, seed, eps, distribution)
+    engine_for(base, dtype).perturb(base, index, plus, minus, *given)
     return plus, minus
 
 
@@ -252,10 +238,6 @@ def fold_(
     work = data.contiguous()
     if ends is not None and (ends.dtype != torch.bool or len(ends) != len(seeds)):
         raise ValueError(f"ends must be bool[{len(seeds)}], got {ends.dtype}[{len(ends)}]")
-    if _native(work, work.dtype):
-        kernels.fold(work, terms, int(key), distribution, ends, int(first))
-    else:
-        at = [torch.as_tensor(n, device=where) for n in (key, first)]
-        tiles.apply_terms_(work, terms, at[0], distribution, ends, first=at[1])
+    engine_for(work, work.dtype).fold(work, terms, int(key), distribution, ends, int(first))
     if work.data_ptr() != data.data_ptr():
         data.copy_(work)

@@ -68,8 +68,10 @@ class Outcome:
         self.step, self.seeds, self.losses = step, tuple(seeds), losses
         self.lr, self.eps, self.decay = lr, eps, decay
         self.finite = losses.isfinite().all()
-        self._event: torch.cuda.Event | None = None
+        self._host, self._event = losses, None
         if losses.device.type == "cuda":
+            self._host = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=True)
+            self._host.copy_(losses, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
@@ -82,23 +84,33 @@ class Outcome:
         plus, minus = (self._mean(column) for column in self.losses.double().unbind(1))
         return ((plus.double() + minus.double()) / 2).float()
 
+    def _here(self) -> torch.Tensor:
+        """Return the losses in host memory; waits for the device."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
     def terms(self) -> Terms:
         """Return the step's update; it moves nothing where a loss is not finite."""
-        grads = self._grads(self.losses.double())
-        coefs = (-self.lr * grads / len(self.seeds)).float()
-        scales = torch.ones_like(coefs)
-        scales[0] = 1 - self.lr * self.decay
-        where = self.losses.device
+        seeds = torch.tensor(self.seeds, dtype=torch.int64)
+        coefs, scales = self._terms(self.losses)
         return Terms(
-            torch.tensor(self.seeds, dtype=torch.int64).to(where, non_blocking=True),
+            seeds.to(self.losses.device, non_blocking=True),
             torch.where(self.finite, coefs, 0.0),
             torch.where(self.finite, scales, 1.0),
         )
 
+    def _terms(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return coefficients and scales: the same bits on every device."""
+        coefs = _divided(-self.lr * self._grads(losses.double()), len(self.seeds)).float()
+        scales = torch.ones_like(coefs)
+        scales[0] = 1 - self.lr * self.decay
+        return coefs, scales
+
     @cached_property
     def record(self) -> StepRecord:
         """The losses as numbers; waits for the device."""
-        losses = self.losses.double().cpu()
+        losses = self._here().double()
         grads = self._grads(losses).tolist()
         directions = tuple(
             Direction(seed, plus, minus, grad)
@@ -113,9 +125,12 @@ class Outcome:
 
     def applied(self) -> list[tuple[int, float, float, float, float]]:
         """Seed, scale, coefficient, loss+ and loss- of each direction; waits for the device."""
-        terms, losses = self.terms(), self.losses.cpu()
-        columns = (terms.seeds, terms.scales, terms.coefs, *losses.unbind(1))
-        return list(zip(*(c.tolist() for c in columns), strict=True))
+        losses = self._here()
+        coefs, scales = self._terms(losses)
+        if self.record.skipped:
+            coefs, scales = torch.zeros_like(coefs), torch.ones_like(scales)
+        columns = (c.tolist() for c in (scales, coefs, *losses.unbind(1)))
+        return list(zip(self.seeds, *columns, strict=True))
 
     def check(self) -> None:
         """See that every loss is finite.
@@ -133,11 +148,16 @@ class Outcome:
             )
 
     def _grads(self, losses: torch.Tensor) -> torch.Tensor:
-        return (losses[:, 0] - losses[:, 1]) / (2 * self.eps)
+        return _divided(losses[:, 0] - losses[:, 1], 2 * self.eps)
 
     def _mean(self, column: torch.Tensor) -> torch.Tensor:
         """Return the float32 mean, added up in order."""
         total = column[0]
         for value in column[1:]:
             total = total + value
-        return (total / len(self.seeds)).float()
+        return _divided(total, len(self.seeds)).float()
+
+
+def _divided(x: torch.Tensor, by: float) -> torch.Tensor:
+    """Divide; by a number, CUDA would multiply with the inverse, and other bits come out."""
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)

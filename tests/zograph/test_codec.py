@@ -232,3 +232,22 @@ def test_double_weights_are_computed_in_float32() -> None:
     assert torch.equal(
         read(raw, form, weight.double(), terms=TERMS, key=5, ends=ENDS), one.double()
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "form"), PAIRS)
+def test_cuda_has_the_bits_of_the_cpu(dtype: torch.dtype, form: Format) -> None:
+    weight = values(dtype, (1 << 22) + 9001)  # more than one tile
+    raw = stored(weight, form)
+    there = torch.zeros_like(raw, device="cuda")
+    codec.encode(weight.cuda(), form, there)
+    assert torch.equal(there.cpu(), raw)
+    terms = tuple(t.cuda() for t in TERMS)
+    for rounding, distribution in product(("nearest", "stochastic"), ("normal", "rademacher")):
+        more: dict[str, Any] = {"ends": ENDS, "rounding": rounding, "distribution": distribution}
+        more |= {"first": 2**32 - 5000}
+        a, b = torch.empty_like(weight), torch.empty_like(weight, device="cuda")
+        codec.decode(raw, form, a, TERMS, -77, **more)
+        codec.decode(there, form, b, terms, -77, **more)  # type: ignore[arg-type]
+        assert torch.equal(bits(a), bits(b.cpu()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 
 import zograph
 from tests.reference import Reference
@@ -17,17 +18,26 @@ CASES = [(name, tie) for name in ZOO for tie in ((True, False) if name in TIES e
 EPS, LR = 1e-3, 1e-3
 
 
-def check_contract(name: str, tie: bool, backend: str, steps: int = STEPS) -> None:
+def check_contract(
+    name: str, tie: bool, backend: str, steps: int = STEPS, device: str = "cpu"
+) -> None:
     shapes = [*SHAPES, ONE_ROW] if backend == "eager" or name in ("opt", "cnn") else SHAPES
-    model = build(name, tie=tie)
+    model = build(name, tie=tie).to(device)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     probe = Reference(copy.deepcopy(model), loss_fn(name), eps=EPS)  # at the step's own weights
     replay = Reference(copy.deepcopy(model), loss_fn(name), eps=EPS)  # fed the recorded gradients
     step = zograph.compile(
-        model, loss_fn=loss_fn(name), lr=LR, eps=EPS, weight_decay=0.1, backend=backend
+        model,
+        loss_fn=loss_fn(name),
+        lr=LR,
+        eps=EPS,
+        weight_decay=0.1,
+        backend=backend,
+        device=device,
     )
     for i in range(steps):
-        data = batch(name, *shapes[i % len(shapes)], seed=i)
+        made = batch(name, *shapes[i % len(shapes)], seed=i)
+        data = {key: value.to(device) for key, value in made.items()}
         step.synchronize()
         probe.model.load_state_dict(model.state_dict())
         step(**data)
@@ -62,6 +72,16 @@ def test_eager(name: str, tie: bool) -> None:
 @pytest.mark.parametrize(("name", "tie"), CASES)
 def test_inductor(name: str, tie: bool) -> None:
     check_contract(name, tie, "inductor")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "eager") for name in ZOO), ("opt", "inductor"), ("cnn", "inductor")],
+)
+def test_on_a_gpu(name: str, backend: str) -> None:
+    check_contract(name, True, backend, 20, "cuda")
 
 
 def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ KEYS = torch.tensor([[17, 0], [parameter_key("a.weight"), 0], [-5, 0]])
 SLOT = 1
 KEY = KEYS[SLOT, 0]
 SEED, EPS = torch.tensor(2**40 + 3), torch.tensor(1e-3)
+PROBE = (KEYS, SLOT, SEED, EPS, "normal")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -92,15 +93,14 @@ def test_the_reference_notices_one_bit() -> None:
     assert not same((plus, minus), reference(base, 1, torch.float32))
 
 
-def test_ten_million_elements_in_three_engines() -> None:
-    """C++, eager tiles and compiled tiles: one answer."""
+def test_ten_million_elements_in_two_engines() -> None:
+    """C++ and the definition: one answer."""
     r = 1
     base = weight(10_000_001)
     found = OPS.materialize(base, *tail(r))
-    for compiled in (False, True):
-        plus, minus = torch.empty_like(base), torch.empty_like(base)
-        tiles.perturb(base, plus, minus, terms(r), KEY, SEED, EPS, "normal", compiled=compiled)
-        assert same(found, (plus, minus))
+    plus, minus = torch.empty_like(base), torch.empty_like(base)
+    tiles.perturb(base, None, plus, minus, terms(r), *PROBE)
+    assert same(found, (plus, minus))
     assert torch.equal(OPS.materialize_one(base, *tail(r), 1), found[0])
     assert torch.equal(OPS.materialize_one(base, *tail(r), -1), found[1])
 
@@ -126,8 +126,7 @@ def test_rows_equal_rows_of_the_whole(dtype: torch.dtype, index_dtype: torch.dty
         assert rows[0].shape == (2, 3, 5, 41)
         assert same(rows, (whole[0][index.long()], whole[1][index.long()]))
         plus, minus = torch.empty_like(rows[0]), torch.empty_like(rows[1])
-        probe = (KEY, SEED, EPS, "normal")
-        tiles.perturb_rows(base, index, plus, minus, terms(r), *probe)
+        tiles.perturb(base, index, plus, minus, terms(r), *PROBE)
         assert same(rows, (plus, minus))
 
 
@@ -166,7 +165,7 @@ def test_pending_terms_equal_folds(decay: bool) -> None:
         one = tuple(t[j : j + 1] for t in terms(4))
         fold_(folded, *one, key, decay=decay)
         scales = one[2] if decay else None
-        tiles.apply_terms_(tiled, (one[0], one[1], scales), KEY, "normal", compiled=False)
+        tiles.fold(tiled, (one[0], one[1], scales), key, "normal")
     fold_(once, *terms(4), KEY, decay=decay)
     assert torch.equal(folded, tiled)
     assert torch.equal(folded, once)
@@ -408,18 +407,63 @@ def test_ops_recycle_through_the_pool() -> None:
     assert len({t.data_ptr() for pair in kept for t in pair}) == 6
 
 
+def on_gpu(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.cuda() if isinstance(a, Tensor) else a for a in arguments)
+
+
 @pytest.mark.gpu
 @needs_cuda
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtypes", [*itertools.product(FLOATS, FLOATS)], ids=str)
-def test_cuda_equals_cpu(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    base, index = weight(1000, 1333, dtype=dtypes[0]), torch.tensor([3, 999, 3])
-    there = [a.cuda() if isinstance(a, Tensor) else a for a in tail(2, dtypes[1])]
-    found = OPS.materialize(base.cuda(), *there)
-    assert same(tuple(t.cpu() for t in found), OPS.materialize(base, *tail(2, dtypes[1])))
-    rows = OPS.materialize_rows(base.cuda(), index.cuda(), *there)
-    expected = OPS.materialize_rows(base, index, *tail(2, dtypes[1]))
-    assert same(tuple(t.cpu() for t in rows), expected)
-    folded = base.cuda()
-    fold_(folded, *terms(2), 9)
-    fold_(base, *terms(2), 9)
-    assert torch.equal(folded.cpu(), base)
+def test_cuda_equals_cpu(dtypes: tuple[torch.dtype, torch.dtype], distribution: str) -> None:
+    base, index = weight(1000, 1333, dtype=dtypes[0]), torch.tensor([[3, 999], [3, 0]])
+    for r, decay in ((0, True), (1, False), (3, True)):
+        given = tail(r, dtypes[1], distribution=distribution, decay=decay)
+        found = OPS.materialize(base.cuda(), *on_gpu(given))
+        assert same(tuple(t.cpu() for t in found), OPS.materialize(base, *given))
+        for rows in (index, index.int()):
+            found = OPS.materialize_rows(base.cuda(), rows.cuda(), *on_gpu(given))
+            assert same(tuple(t.cpu() for t in found), OPS.materialize_rows(base, rows, *given))
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_folds_on_cuda_equal_the_cpus(dtype: torch.dtype) -> None:
+    for ends in (None, torch.tensor([True, False, True]), torch.tensor([False, True, False])):
+        base = weight(1000, 333, dtype=dtype)
+        there = base.cuda()
+        for w in (there, base):
+            fold_(w, *terms(3), int(KEY), ends=ends, first=2**32 - 5000)
+        assert torch.equal(there.cpu(), base)
+    probe = tail(2, torch.float32)
+    found = OPS.materialize(there, *on_gpu(probe))
+    assert same(tuple(t.cpu() for t in found), OPS.materialize(base, *probe))
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_rows_out_of_range_are_nan_on_cuda() -> None:
+    index = torch.tensor([0, 4, -1, 3]).cuda()
+    plus, minus = OPS.materialize_rows(weight(4, 3).cuda(), index, *on_gpu(tail(1)))
+    assert plus.isnan().all(1).tolist() == [False, True, True, False]
+    assert minus.isnan().all(1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_indices_past_two_to_the_32_on_cuda() -> None:
+    """Only two rows of the table are ever touched, and pages of no others are made."""
+    width = 300_000
+    index = torch.tensor([14316, 14317])  # 14316 * 3e5 < 2^32 < 14317 * 3e5
+    base = torch.empty(14_318, width, dtype=torch.bfloat16, device="cuda")
+    base[index] = 0
+    given = (*terms(0), KEYS, SLOT, SEED, torch.tensor(1.0), torch.float32, "normal", True)
+    plus, _ = OPS.materialize_rows(base, index.cuda(), *on_gpu(given))
+    for k, row in enumerate(index.tolist()):
+        z = noise_at(
+            torch.arange(row * width, (row + 1) * width), stream_words(SEED, KEY), "normal"
+        )
+        assert torch.equal(plus[k].cpu(), z)
+    whole, _ = OPS.materialize(base, *on_gpu(given))
+    assert torch.equal(whole[-1], plus[-1])

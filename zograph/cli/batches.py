@@ -129,3 +129,9 @@ def shuffled(
             waiting.extend(generator.permutation(len(rows)).tolist())
         chosen, waiting = waiting[:size], waiting[size:]
         yield collate([rows[i] for i in chosen], pad, limit, size)
+
+
+def make_batch(config: Any, rows: int, length: int) -> dict[str, Any]:
+    """Return random tokens with labels."""
+    ids = torch.randint(3, config.vocab_size, (rows, length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}

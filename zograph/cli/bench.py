@@ -11,7 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from zograph.cli import bench_noise, bench_offload, bench_replay, bench_transfers, shapes
+from zograph.cli import (
+    bench_gpu,
+    bench_noise,
+    bench_offload,
+    bench_replay,
+    bench_transfers,
+    shapes,
+)
+from zograph.cli.batches import make_batch
 from zograph.cli.inputs import InputError, integer
 from zograph.cli.output import check_file
 
@@ -38,6 +46,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--no-compile-times", action="store_true", help="only time the steps")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     bench_offload.add_parser(kinds)
+    bench_gpu.add_parser(kinds)
     bench_replay.add_parser(kinds)
     bench_transfers.add_parser(kinds)
     bench_noise.add_parser(kinds)
@@ -78,14 +87,6 @@ def build(name: str, layers: int | None = None) -> Any:
         config.num_hidden_layers = layers
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
-
-
-def make_batch(config: Any, rows: int, length: int) -> dict[str, Any]:
-    """Return random tokens with labels."""
-    import torch
-
-    ids = torch.randint(3, config.vocab_size, (rows, length))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
 def measure_steps(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 import zograph
-from zograph.cli.bench import config_of, make_batch
+from zograph.cli.batches import make_batch
+from zograph.cli.bench import config_of
 from zograph.cli.contest import status_bytes
 from zograph.cli.inputs import InputError
 from zograph.cli.trial import Trial, baseline_bytes

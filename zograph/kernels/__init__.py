@@ -85,27 +85,13 @@ def perturb(
     plus: Tensor | None,
     minus: Tensor | None,
     terms: Terms,
-    key: int,
+    keys: Tensor,
+    slot: int,
     seed: Tensor,
     eps: Tensor,
     distribution: str,
 ) -> None:
-    """Write base + terms +/- eps z into `plus` and `minus` (one of them may be None).
-
-    Parameters
-    ----------
-    index : Tensor or None
-        int64 or int32: the rows of `base` to do; None: all of it.
-    terms : (seeds, coefs, scales)
-        int64[r], float32[r], float32[r] or None for no decay.
-    key : int
-        Address of two int64: the key, and the index of `base`'s first element.
-
-    Raises
-    ------
-    IndexError
-        If a row index is out of range; nothing is written.
-    """
+    """See :class:`zograph.kernels.engine.Engine`."""
     assert _library is not None
     out = plus if plus is not None else minus
     assert out is not None
@@ -122,7 +108,7 @@ def perturb(
         coefs.data_ptr(),
         scales.data_ptr() if scales is not None else None,
         seeds.numel(),
-        key,
+        keys.data_ptr() + 16 * slot,
         seed.data_ptr(),
         eps.data_ptr(),
         distribution == "normal",
@@ -148,17 +134,7 @@ def fold(
     ends: Tensor | None = None,
     first: int = 0,
 ) -> None:
-    """Apply the terms to `base` in place.
-
-    Parameters
-    ----------
-    key : int
-        The key itself.
-    ends : Tensor or None
-        bool[r]: terms behind which `base` is rounded; always behind the last.
-    first : int
-        Index of `base`'s first element.
-    """
+    """See :class:`zograph.kernels.engine.Engine`."""
     assert _library is not None
     seeds, coefs, scales = terms
     _library.zg_fold(
