@@ -5,6 +5,9 @@ are off (`enable_fp_fusion`), so that every product and sum rounds on its own. N
 for the device.  Imported only where Triton is installed (see `zograph.kernels.engine`).
 """
 
+# The bodies are Triton's language, not Python: an annotation there would be a type of Triton.
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 from typing import Any
@@ -24,15 +27,15 @@ _MIX0: tl.constexpr = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX1: tl.constexpr = tl.constexpr(0x94D049BB133111EB)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _mix(h: Any) -> Any:
+@triton.jit
+def _mix(h):
     h = (h ^ (h >> 30)) * _MIX0
     h = (h ^ (h >> 27)) * _MIX1
     return h ^ (h >> 31)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _words(seed: Any, key: Any) -> Any:
+@triton.jit
+def _words(seed, key):
     """The four words of a stream; seed and key are uint64 scalars."""
     a = _mix(_mix(seed + _GOLDEN) + key)
     b = _mix(_mix(key ^ _GOLDEN) + a)
@@ -44,18 +47,18 @@ def _words(seed: Any, key: Any) -> Any:
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _shift(x: Any, bits: tl.constexpr) -> Any:
+@triton.jit
+def _shift(x, bits: tl.constexpr):
     return x ^ (x >> bits)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _halves(x: Any) -> Any:
+@triton.jit
+def _halves(x):
     return (x & 0xFFFF) + (x >> 16)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _noise(index: Any, seed: Any, key: Any, normal: tl.constexpr) -> Any:
+@triton.jit
+def _noise(index, seed, key, normal: tl.constexpr):
     """The float32 noise of elements `index` (int64) of the stream of (seed, key), integers."""
     k0, k1, k2, k3 = _words(seed.to(tl.uint64), key.to(tl.uint64))
     lo = index.to(tl.uint32)
@@ -81,24 +84,24 @@ def _noise(index: Any, seed: Any, key: Any, normal: tl.constexpr) -> Any:
     return z
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _term(w: Any, index: Any, seed: Any, key: Any, coef: Any, normal: tl.constexpr) -> Any:
+@triton.jit
+def _term(w, index, seed, key, coef, normal: tl.constexpr):
     """``w + fl(coef z)``, in w's dtype."""
     return w + coef.to(w.dtype) * _noise(index, seed, key, normal).to(w.dtype)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _owed(
-    w: Any,
-    index: Any,
-    seeds: Any,
-    coefs: Any,
-    scales: Any,
-    count: Any,
-    key: Any,
+    w,
+    index,
+    seeds,
+    coefs,
+    scales,
+    count,
+    key,
     scaled: tl.constexpr,
     normal: tl.constexpr,
-) -> Any:
+):
     """Apply the pending terms, in order."""
     for j in range(count):
         if scaled:
@@ -107,52 +110,52 @@ def _owed(
     return w
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _rounded(w: Any, like: tl.constexpr) -> Any:
+@triton.jit
+def _rounded(w, like: tl.constexpr):
     """Round to a dtype as torch does, float64 to a 16-bit one by way of float32."""
     if like.primitive_bitwidth == 16:
         w = w.to(tl.float32)
     return w.to(like)
 
 
-@triton.jit(do_not_specialize=["n", "count", "key", "first"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["n", "count", "key", "first"])
 def _fold(
-    base: Any,
+    base,
     n: tl.int64,
-    seeds: Any,
-    coefs: Any,
-    scales: Any,
-    count: Any,
+    seeds,
+    coefs,
+    scales,
+    count,
     key: tl.int64,
     first: tl.int64,
     work: tl.constexpr,
     scaled: tl.constexpr,
     normal: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     w = tl.load(base + at, mask=at < n).to(work)
     w = _owed(w, at + first, seeds, coefs, scales, count, key, scaled, normal)
     tl.store(base + at, _rounded(w, base.dtype.element_ty), mask=at < n)
 
 
-@triton.jit(do_not_specialize=["n", "height", "width", "count", "slot"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["n", "height", "width", "count", "slot"])
 def _perturb(
-    base: Any,
-    rows: Any,
-    plus: Any,
-    minus: Any,
+    base,
+    rows,
+    plus,
+    minus,
     n: tl.int64,
     height: tl.int64,
     width: tl.int64,
-    seeds: Any,
-    coefs: Any,
-    scales: Any,
-    count: Any,
-    keys: Any,
+    seeds,
+    coefs,
+    scales,
+    count,
+    keys,
     slot: tl.int64,
-    probe: Any,
-    eps: Any,
+    probe,
+    eps,
     work: tl.constexpr,
     by_rows: tl.constexpr,
     has_plus: tl.constexpr,
@@ -160,7 +163,7 @@ def _perturb(
     scaled: tl.constexpr,
     normal: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     """Base or rows of it with what it owes, plus and minus eps z. A row that is none is NaN."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < n
