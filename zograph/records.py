@@ -104,7 +104,7 @@ class Outcome:
         """Return coefficients and scales: the same bits on every device."""
         coefs = _divided(-self.lr * self._grads(losses.double()), len(self.seeds)).float()
         scales = torch.ones_like(coefs)
-        scales[0] = 1 - self.lr * self.decay
+        scales[:1].fill_(1 - self.lr * self.decay)  # to set one element waits for a GPU
         return coefs, scales
 
     @cached_property

@@ -92,6 +92,7 @@ def measured(args: argparse.Namespace, layers: int, memory: str | None) -> dict[
     config = shapes.known(args.shape)
     config.num_hidden_layers = layers
     model = random_model(config, getattr(torch, args.dtype))
+    torch.manual_seed(0)
     batch = {n: t.cuda() for n, t in make_batch(config, args.batch, args.seq).items()}
     with zograph.compile(
         model, lr=1e-7, device="cuda", memory=memory, backend=args.backend

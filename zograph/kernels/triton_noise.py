@@ -6,7 +6,7 @@ for the device.  Imported only where Triton is installed (see `zograph.kernels.e
 """
 
 # The bodies are Triton's language, not Python: an annotation there would be a type of Triton.
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 
