@@ -75,6 +75,11 @@ class Outcome:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
+    @property
+    def lazy(self) -> bool:
+        """Whether nothing is known of the losses yet, as far as the run goes: they are a GPU's."""
+        return self._event is not None
+
     def ready(self) -> bool:
         """Whether the losses can be read without waiting."""
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]

@@ -240,13 +240,13 @@ class ZOStep:
         """Turn the losses into pending terms and a record."""
         o = self.options
         found = Outcome(self._steps, seeds, losses, lr=self._lr, eps=o.eps, decay=o.weight_decay)
-        if found.ready() and o.on_nan == "raise":
-            found.check()
-        elif o.on_nan == "raise":
+        if o.on_nan == "raise" and found.lazy:
             self._unchecked.append(found)
+        elif o.on_nan == "raise":
+            found.check()
         if self._log is not None:
             self._log.add(found)
-        skipped = found.ready() and found.record.skipped
+        skipped = not found.lazy and found.record.skipped
         self._weights.owe(Terms.of(()) if skipped else found.terms())
         self._outcome = found
         self._steps += 1

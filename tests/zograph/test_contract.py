@@ -80,7 +80,8 @@ def test_inductor(name: str, tie: bool) -> None:
     ("name", "backend"),
     [*((name, "eager") for name in ZOO), ("opt", "inductor"), ("cnn", "inductor")],
 )
-def test_on_a_gpu(name: str, backend: str) -> None:
+def test_on_a_gpu(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the contract is of float32
     check_contract(name, True, backend, 20, "cuda")
 
 

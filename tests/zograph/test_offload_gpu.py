@@ -143,7 +143,7 @@ def test_the_plan_holds() -> None:
     torch.manual_seed(0)
     model = hf.OPTForCausalLM(config).half()
     ids = torch.randint(0, 8192, (2, 512))
-    for memory in ("minimum", 120_000_000):
+    for memory in ("minimum", 150_000_000):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         with zograph.compile(

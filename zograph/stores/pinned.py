@@ -7,6 +7,7 @@ piece.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import weakref
 from collections.abc import Sequence
@@ -39,12 +40,14 @@ class PinnedSlab:
         self._held: list[torch.Tensor] = []
         self._end = weakref.finalize(self, _unregister, runtime, self._held)
         total = sum(piece.numel() for piece in pieces)
-        for piece in pieces:
+        for piece in (p for p in pieces if p.numel()):
             assert piece.data_ptr() % PAGE == 0, "memory to pin must start on a page"
             code = int(runtime.cudaHostRegister(piece.data_ptr(), piece.numel(), 0))
             if code != 0:
                 done = self.nbytes
                 self.close()
+                if cudart is None:
+                    _forget_error()
                 raise StoreError(_refused(code, done, piece.numel(), total))
             self._held.append(piece)
 
@@ -72,6 +75,12 @@ def pin(tensor: torch.Tensor, cudart: Any = None) -> PinnedSlab:
 def _unregister(runtime: Any, held: list[torch.Tensor]) -> None:
     while held:
         runtime.cudaHostUnregister(held.pop().data_ptr())
+
+
+def _forget_error() -> None:
+    """Let CUDA forget that it refused: torch would report it at whatever it launches next."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def _refused(code: int, done: int, piece: int, total: int) -> str:
