@@ -25,6 +25,8 @@ class FakeCuda:
     def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
         assert pointer % PAGE == 0
         assert flags == 0
+        if size == 0:
+            return 1
         if sum(self.pinned.values()) + size > self.limit:
             return 2
         self.pinned[pointer] = size
@@ -102,6 +104,10 @@ def test_refused_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
     with pytest.raises(StoreError, match=r"error 2.*Free host memory"):
         pin(page_aligned(PAGE), FakeCuda(limit=0))
+
+
+def test_nothing_to_pin() -> None:
+    assert pin(page_aligned(0), FakeCuda()).nbytes == 0
 
 
 def test_pinning_ends_with_its_handle() -> None:
