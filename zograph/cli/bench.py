@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zograph.cli import (
+    bench_accuracy,
     bench_gpu,
     bench_noise,
     bench_offload,
@@ -47,6 +48,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     bench_offload.add_parser(kinds)
     bench_gpu.add_parser(kinds)
+    bench_accuracy.add_parser(kinds)
     bench_replay.add_parser(kinds)
     bench_transfers.add_parser(kinds)
     bench_noise.add_parser(kinds)

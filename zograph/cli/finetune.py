@@ -27,7 +27,12 @@ def add_parser(subparsers: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_arguments(parser)
     parser.set_defaults(run=run)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the positional argument and every option."""
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--task", required=True, choices=TASKS)
     data = parser.add_argument_group("data")
