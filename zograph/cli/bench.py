@@ -18,6 +18,7 @@ from zograph.cli import (
     bench_offload,
     bench_replay,
     bench_transfers,
+    bench_zo2,
     shapes,
 )
 from zograph.cli.batches import make_batch
@@ -48,6 +49,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     bench_offload.add_parser(kinds)
     bench_gpu.add_parser(kinds)
+    bench_zo2.add_parser(kinds)
     bench_accuracy.add_parser(kinds)
     bench_replay.add_parser(kinds)
     bench_transfers.add_parser(kinds)

@@ -21,6 +21,7 @@ import torch
 from zograph.cli import finetune
 from zograph.cli.inputs import integer
 from zograph.cli.output import check_file
+from zograph.cli.scores import Score
 
 STREAMED = {"memory": "minimum", "storage": "disk"}
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -61,11 +62,8 @@ def run(args: argparse.Namespace) -> int:
             given = argparse.Namespace(**vars(args) | {"seed": seed} | (WAYS[way] or {}))
             found = trained(given, plain=WAYS[way] is None)
             result[way].append(found | {"seed": seed})
-            accuracy = found["after"].get("accuracy")
-            shown = "" if accuracy is None else f", accuracy {accuracy:.3f}"
-            print(
-                f"seed {seed}, {way}: held-out loss {found['after']['loss']:.4f}{shown}", flush=True
-            )
+            after = Score.from_dict(found["after"])
+            print(f"seed {seed}, {way}: held out {after}", flush=True)
     report(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -82,7 +80,6 @@ def trained(args: argparse.Namespace, *, plain: bool) -> dict[str, Any]:
         data = read_data(args)
         if args.storage == "disk":
             args.storage = work
-        # A log would name every format and period; here none is kept.
         loaded = load(args.model, args.task, data.classes, seed=args.seed, storage=args.storage)
         sets = make_sets(args, data, loaded)
         choose_trainable(loaded.model, args.train)
