@@ -1,0 +1,111 @@
+"""Small numbers of Anderson mixing, sample by sample: slots, Gram matrix, coefficients, restarts.
+
+All tensors here are [B], [B, slots] or [B, slots, slots]; nothing is of the state's size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from zograph.fixed_points.options import SolveOptions
+
+LARGEST = 1e6
+"""Coefficients whose absolute values sum to more are taken for a singular system."""
+
+
+class Ring:
+    """Where each sample's past iterates are, and how they are mixed.
+
+    A sample's *anchor* is the iterate with the smallest residual since its last restart. A restart
+    drops everything else and goes on from the anchor by a forward step. It comes when an iterate
+    does not beat the anchor, and when `window` of them together have gained less than the last
+    forward step did alone. The slots of the anchor and of the best iterate of all are never
+    written over.
+    """
+
+    def __init__(self, batch: int, device: torch.device, options: SolveOptions) -> None:
+        self.window, self.ridge = options.window, options.ridge
+        self.slots = max(options.window, 3)  # one to write beside the anchor and the best
+        self._range = torch.arange(self.slots, device=device)
+        self._empty = (self._range - 10**6).expand(batch, -1)  # older than any window
+        self._written = self._empty.clone()
+        self._gram = torch.zeros(batch, self.slots, self.slots, dtype=torch.float64, device=device)
+        self.best = torch.full((batch,), -1, device=device)
+        self._anchor = torch.full((batch,), -1, device=device)
+        self._least = torch.full((batch,), math.inf, dtype=torch.float64, device=device)
+        self._gain = torch.ones_like(self._least)  # what the last forward step left of a residual
+        self._mark = self._least.clone()  # where the count of idle evaluations began
+        self._idle = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._forward = torch.ones(batch, dtype=torch.bool, device=device)
+
+    def next_slot(self) -> Tensor:
+        """Return the slot that each sample writes next: its oldest that is not held, int64[B]."""
+        held = self._at(self.best) | self._at(self._anchor)
+        return torch.where(held, 2**62, self._written).argmin(dim=1)
+
+    def record(self, k: int, slot: Tensor, active: Tensor, improved: Tensor, row: Tensor) -> None:
+        """Note that iteration `k` is in `slot`, with its row of the Gram matrix, float64[B, S]."""
+        at = self._at(slot) & active.unsqueeze(1)
+        self._written = torch.where(at, k, self._written)
+        self._gram = torch.where(at.unsqueeze(2), row.unsqueeze(1), self._gram)
+        self._gram = torch.where(at.unsqueeze(1), row.unsqueeze(2), self._gram)
+        self.best = torch.where(improved, slot, self.best)
+
+    def weights(self, k: int, slot: Tensor, active: Tensor, residual: Tensor) -> Tensor:
+        """Return the coefficients of the next iterate, float64[B, slots]; each row sums to 1.
+
+        Parameters
+        ----------
+        residual : Tensor
+            float64[B]: the norms of f(z) - z at iteration `k`.
+        """
+        restart = self._judge(k, slot, residual)
+        solved, sound = self._solve(k)
+        self._forward = restart | ~sound
+        single = torch.where(restart, self._anchor, slot)
+        single = torch.where(active, single, self.best.clamp(min=0))
+        alone = self._at(single).double()
+        return torch.where((self._forward | ~active).unsqueeze(1), alone, solved)
+
+    def best_alone(self) -> Tensor:
+        """Return coefficients that pick the best iterate, float64[B, slots]."""
+        return self._at(self.best.clamp(min=0)).double()
+
+    def _at(self, slot: Tensor) -> Tensor:
+        """Return a mask of one slot a sample (none if it is -1), bool[B, slots]."""
+        return self._range == slot.unsqueeze(1)
+
+    def _judge(self, k: int, slot: Tensor, residual: Tensor) -> Tensor:
+        """Move the anchor, and restart the samples that gain too little; return which."""
+        better = self._forward | (residual < self._least)
+        gain = (residual / self._least).clamp(max=1.0)
+        self._gain = torch.where(self._forward, gain, self._gain)
+        self._anchor = torch.where(better, slot, self._anchor)
+        self._least = torch.where(better, residual, self._least)
+        ahead = self._forward | (residual <= self._gain * self._mark)
+        self._mark = torch.where(ahead, residual, self._mark)
+        self._idle = torch.where(ahead, 0, self._idle + 1)
+        restart = ~better | (self._idle >= self.window)
+        kept = torch.where(self._at(self._anchor), k, self._empty)
+        self._written = torch.where(restart.unsqueeze(1), kept, self._written)
+        return restart
+
+    def _solve(self, k: int) -> tuple[Tensor, Tensor]:
+        """Minimise the norm of the mixed residual; return coefficients, and whether to trust them.
+
+        The residuals are scaled to length 1, ``H = D^-1/2 G D^-1/2``, so that the ridge weighs
+        alike on all of them, then ``(H + ridge I) u = D^-1/2 1`` and ``weights ~ D^-1/2 u``.
+        """
+        usable = self._written > k - self.window
+        size = self._gram.diagonal(dim1=1, dim2=2)
+        scale = torch.where(usable & (size > 0), size.rsqrt(), 0.0)
+        scaled = self._gram * scale.unsqueeze(1) * scale.unsqueeze(2)
+        diagonal = torch.where(usable, self.ridge, 1.0)
+        solved, _ = torch.linalg.solve_ex(scaled + torch.diag_embed(diagonal), scale)
+        weights = solved * scale
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        sound = weights.abs().sum(dim=1) <= LARGEST  # False for NaN
+        return weights, sound & (usable.sum(dim=1) > 1)

@@ -1,0 +1,97 @@
+"""A state is a tuple of tensors that share dimension 0; what the solvers do to whole states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from zograph.errors import CellError, OptionError
+
+State = tuple[Tensor, ...]
+Cell = Callable[[State], State]
+
+
+def check_start(state: Sequence[Tensor]) -> State:
+    """Return z0 as a state.
+
+    Raises
+    ------
+    OptionError
+        If it is empty, not of real floating tensors, or they differ in device or dimension 0.
+    """
+    if not state:
+        raise OptionError("z0 is empty; it must be a tensor or a tuple of tensors.")
+    for i, x in enumerate(state):
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
+            found = f"{x.dtype}{list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise OptionError(
+                f"z0[{i}] is {found}; it must be a real floating tensor whose dimension 0 counts "
+                f"the samples."
+            )
+        if x.shape[0] != state[0].shape[0] or x.device != state[0].device:
+            raise OptionError(
+                f"z0[{i}] has {x.shape[0]} samples on {x.device}, z0[0] has {state[0].shape[0]} on "
+                f"{state[0].device}; they must be the same."
+            )
+    return tuple(state)
+
+
+def check_like(new: object, state: State) -> State:
+    """Return what a cell gave for `state` as a state.
+
+    Raises
+    ------
+    CellError
+        If it differs from `state` in number, shape, dtype or device.
+    """
+    found = (new,) if isinstance(new, Tensor) else new
+    if not isinstance(found, (tuple, list)) or len(found) != len(state):
+        kind = f"{len(found)} values" if isinstance(found, (tuple, list)) else type(new).__name__
+        raise CellError(f"the cell was given {len(state)} tensors and returned {kind}.")
+    for i, (a, b) in enumerate(zip(found, state, strict=True)):
+        if not isinstance(a, Tensor):
+            raise CellError(f"the cell returned a {type(a).__name__} for state {i}.")
+        what = [(f"{x.dtype}{list(x.shape)} on {x.device}") for x in (b, a)]
+        if what[0] != what[1]:
+            raise CellError(
+                f"the cell turned state {i} from {what[0]} into {what[1]}; a fixed point needs a "
+                f"map that keeps shape, dtype and device. Cast or reshape inside the cell."
+            )
+    return tuple(found)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that norms of a state are computed in: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rows(state: State) -> State:
+    """View each tensor as one row a sample."""
+    return tuple(x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in state)
+
+
+def norms(state: State) -> Tensor:
+    """Return each sample's Euclidean norm over all tensors, float64[B]."""
+    parts: list[Tensor] = [
+        torch.linalg.vector_norm(x, dim=1, dtype=wide(x.dtype)).double() for x in rows(state)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack(parts).square().sum(dim=0).sqrt()
+
+
+def choose(mask: Tensor, yes: State, no: State) -> State:
+    """Return, sample by sample, `yes` where `mask` (bool[B]) holds and `no` elsewhere.
+
+    Copies nothing on the CPU if the mask is the same for all samples; asks no GPU.
+    """
+    if mask.device.type == "cpu":
+        count = int(mask.sum())
+        if count in (0, len(mask)):
+            return yes if count else no
+    return tuple(
+        torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(yes, no, strict=True)
+    )
