@@ -142,6 +142,28 @@ def test_never_slower_than_forward_steps_by_more_than_the_stated_factor(
     assert info.residual.item() == pytest.approx(min(residuals), rel=1e-4, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", [3, 4])
+def test_where_the_residual_rises_on_the_way_forward_steps_lead_out(seed: int) -> None:
+    """No contraction in the norm; mixing alone is caught for ever at a minimum of the residual."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    w = 1.8 * w.triu(1) + 0.9 * torch.eye(16, dtype=torch.float64)
+    x = torch.randn(64, 16, generator=generator, dtype=torch.float64)
+    counts = {}
+    for solver in SOLVERS:
+        _, info = zograph.fixed_point(
+            lambda z: torch.tanh(z @ w + x),
+            torch.zeros_like(x),
+            tol=1e-6,
+            max_iter=400,
+            solver=solver,
+        )
+        assert info.converged.all()
+        counts[solver] = info.iterations
+    assert counts["anderson"].max() < 1.2 * counts["picard"].max()
+    assert counts["anderson"].double().mean() < 0.8 * counts["picard"].double().mean()
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_tuples_of_states_are_solved_as_one(solver: Any) -> None:
     a = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.15

@@ -15,7 +15,7 @@ from zograph.fixed_points.options import SolveOptions
 FLOOR = 1e-5
 """Added to the norm of f(z) in the relative residual."""
 
-DIVERGED = 1e4
+DIVERGED = 1e6
 """A sample has diverged when its residual is this many times the smallest it has had."""
 
 

@@ -1,16 +1,15 @@
-"""Small numbers of Anderson mixing, sample by sample: slots, Gram matrix, coefficients, restarts.
+"""Small numbers of Anderson mixing, sample by sample: slots, Gram matrix, coefficients.
 
 All tensors here are [B], [B, slots] or [B, slots, slots]; nothing is of the state's size.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from zograph.fixed_points.options import SolveOptions
+from zograph.fixed_points.safeguard import Safeguard
 
 LARGEST = 1e6
 """Coefficients whose absolute values sum to more are taken for a singular system."""
@@ -19,11 +18,7 @@ LARGEST = 1e6
 class Ring:
     """Where each sample's past iterates are, and how they are mixed.
 
-    A sample's *anchor* is the iterate with the smallest residual since its last restart. A restart
-    drops everything else and goes on from the anchor by a forward step. It comes when an iterate
-    does not beat the anchor, and when `window` of them together have gained less than the last
-    forward step did alone. The slots of the anchor and of the best iterate of all are never
-    written over.
+    The slots of the best iterate and of the safeguard's anchor are never written over.
     """
 
     def __init__(self, batch: int, device: torch.device, options: SolveOptions) -> None:
@@ -34,16 +29,11 @@ class Ring:
         self._written = self._empty.clone()
         self._gram = torch.zeros(batch, self.slots, self.slots, dtype=torch.float64, device=device)
         self.best = torch.full((batch,), -1, device=device)
-        self._anchor = torch.full((batch,), -1, device=device)
-        self._least = torch.full((batch,), math.inf, dtype=torch.float64, device=device)
-        self._gain = torch.ones_like(self._least)  # what the last forward step left of a residual
-        self._mark = self._least.clone()  # where the count of idle evaluations began
-        self._idle = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._forward = torch.ones(batch, dtype=torch.bool, device=device)
+        self._safeguard = Safeguard(batch, device, options.window)
 
     def next_slot(self) -> Tensor:
         """Return the slot that each sample writes next: its oldest that is not held, int64[B]."""
-        held = self._at(self.best) | self._at(self._anchor)
+        held = self._at(self.best) | self._at(self._safeguard.anchor)
         return torch.where(held, 2**62, self._written).argmin(dim=1)
 
     def record(self, k: int, slot: Tensor, active: Tensor, improved: Tensor, row: Tensor) -> None:
@@ -62,13 +52,15 @@ class Ring:
         residual : Tensor
             float64[B]: the norms of f(z) - z at iteration `k`.
         """
-        restart = self._judge(k, slot, residual)
+        restart, stalled = self._safeguard.judge(slot, residual)
+        single = torch.where(restart, self._safeguard.anchor, slot)
+        kept = self._at(single) & ~stalled.unsqueeze(1)
+        dropped = torch.where(kept, k, self._empty)
+        self._written = torch.where(restart.unsqueeze(1), dropped, self._written)
         solved, sound = self._solve(k)
-        self._forward = restart | ~sound
-        single = torch.where(restart, self._anchor, slot)
-        single = torch.where(active, single, self.best.clamp(min=0))
-        alone = self._at(single).double()
-        return torch.where((self._forward | ~active).unsqueeze(1), alone, solved)
+        forward = self._safeguard.step(sound) | ~active
+        alone = self._at(torch.where(active, single, self.best.clamp(min=0))).double()
+        return torch.where(forward.unsqueeze(1), alone, solved)
 
     def best_alone(self) -> Tensor:
         """Return coefficients that pick the best iterate, float64[B, slots]."""
@@ -77,21 +69,6 @@ class Ring:
     def _at(self, slot: Tensor) -> Tensor:
         """Return a mask of one slot a sample (none if it is -1), bool[B, slots]."""
         return self._range == slot.unsqueeze(1)
-
-    def _judge(self, k: int, slot: Tensor, residual: Tensor) -> Tensor:
-        """Move the anchor, and restart the samples that gain too little; return which."""
-        better = self._forward | (residual < self._least)
-        gain = (residual / self._least).clamp(max=1.0)
-        self._gain = torch.where(self._forward, gain, self._gain)
-        self._anchor = torch.where(better, slot, self._anchor)
-        self._least = torch.where(better, residual, self._least)
-        ahead = self._forward | (residual <= self._gain * self._mark)
-        self._mark = torch.where(ahead, residual, self._mark)
-        self._idle = torch.where(ahead, 0, self._idle + 1)
-        restart = ~better | (self._idle >= self.window)
-        kept = torch.where(self._at(self._anchor), k, self._empty)
-        self._written = torch.where(restart.unsqueeze(1), kept, self._written)
-        return restart
 
     def _solve(self, k: int) -> tuple[Tensor, Tensor]:
         """Minimise the norm of the mixed residual; return coefficients, and whether to trust them.

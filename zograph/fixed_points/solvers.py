@@ -59,7 +59,7 @@ def anderson(cell: Cell, z0: State, options: SolveOptions) -> Solved:
     matrix of the residuals, to which each iteration adds one row.
 
     A sample whose residual grows, or that gains too little, restarts by a forward step from its
-    best iterate (:mod:`zograph.fixed_points.ring`). So for a map that contracts by L in the
+    best iterate (:mod:`zograph.fixed_points.safeguard`). So for a map that contracts by L in the
     Euclidean norm, n evaluations lower the residual by ``L ** ((n - 1) // (window + 1))`` or
     more: never slower than forward iteration by more than a factor of window + 1.
 
