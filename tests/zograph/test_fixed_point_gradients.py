@@ -107,7 +107,7 @@ class Deq(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         z, _ = zograph.fixed_point(
-            lambda z: torch.tanh(self.mix(z) + x), torch.zeros_like(x), tol=1e-3
+            lambda z: torch.tanh(self.mix(z) + x), torch.zeros_like(x), tol=1e-3, max_iter=200
         )
         return self.head(z)
 

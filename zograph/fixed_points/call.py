@@ -14,6 +14,7 @@ from zograph.fixed_points.progress import FixedPointInfo
 from zograph.fixed_points.reporting import report
 from zograph.fixed_points.solvers import SOLVE
 from zograph.fixed_points.state import State, check_like, check_start
+from zograph.fixed_points.tracing import is_tracing, trace
 
 Tensors = Tensor | tuple[Tensor, ...]
 
@@ -109,7 +110,7 @@ def fixed_point(
     def cell(z: State) -> State:
         return check_like(f(*z), z)
 
-    z, info = solve(cell, start, options)
+    z, info = (trace if is_tracing() else solve)(cell, start, options)
     return (z[0] if single else z), info
 
 

@@ -15,6 +15,11 @@ LARGEST = 1e6
 """Coefficients whose absolute values sum to more are taken for a singular system."""
 
 
+def slots_of(options: SolveOptions) -> int:
+    """Return how many past iterates a solve keeps."""
+    return max(options.window, 3)  # one to write beside the anchor and the best
+
+
 class Ring:
     """Where each sample's past iterates are, and how they are mixed.
 
@@ -23,7 +28,7 @@ class Ring:
 
     def __init__(self, batch: int, device: torch.device, options: SolveOptions) -> None:
         self.window, self.ridge = options.window, options.ridge
-        self.slots = max(options.window, 3)  # one to write beside the anchor and the best
+        self.slots = slots_of(options)
         self._range = torch.arange(self.slots, device=device)
         self._empty = (self._range - 10**6).expand(batch, -1)  # older than any window
         self._written = self._empty.clone()
