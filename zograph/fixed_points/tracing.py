@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zograph.fixed_points.functional import make_functional
 from zograph.fixed_points.options import SolveOptions
 from zograph.fixed_points.progress import FixedPointInfo
 from zograph.fixed_points.state import State, wide
@@ -99,29 +100,23 @@ def closed_over(cell: Cell, start: State) -> list[Tensor]:
 
 
 def trace_cell(cell: Cell, start: State, closed: Sequence[Tensor]) -> fx.GraphModule:
-    """Return the cell's graph; composite operators are kept, as in the model's own."""
+    """Return the cell's graph, without writes; composite operators are kept.
+
+    Raises
+    ------
+    CaptureError
+        If the cell writes to what is not its own.
+    """
     count = len(start)
 
     def flat(*tensors: Tensor) -> State:
         return cell(tensors[:count])
 
-    graph = _traced(flat, [*start, *closed])
-    if any(_writes(n) for n in graph.graph.nodes):
-        functional = torch.func.functionalize(flat, remove="mutations_and_views")
-        graph = _traced(functional, [*start, *closed])
+    graph = reenter_make_fx(flat)(*start, *closed)  # type: ignore[no-untyped-call]
+    assert isinstance(graph, fx.GraphModule)
+    make_functional(graph.graph)
     graph.graph.eliminate_dead_code()
     return graph
-
-
-def _traced(function: Callable[..., State], inputs: Sequence[Tensor]) -> fx.GraphModule:
-    graph = reenter_make_fx(function)(*inputs)  # type: ignore[no-untyped-call]
-    assert isinstance(graph, fx.GraphModule)
-    return graph
-
-
-def _writes(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
 
 
 def drop_unused(graph: fx.GraphModule, count: int) -> list[int]:
