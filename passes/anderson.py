@@ -39,8 +39,8 @@ class Anderson(Pass):
     recorded before it may decide bits. A fixed point goes by the path of the module that calls it,
     the second one of a module by the path with ``#1`` behind; both branches get the same solver.
 
-    Requires: ``partitioned``, not ``outlined``. Ensures: fact ``solved``; no undecided fixed
-    point; a warning where a tolerance is looser than eps. Numerics: changes, by no more than the
+    Requires: ``partitioned``. Ensures: fact ``solved``; no undecided fixed point ahead of
+    ``outline``; a warning where a tolerance is looser than eps. Numerics: changes, by no more than the
     solver's tolerance. Cost: O(nodes); a solve by mixing takes twice the window in states. Raises:
     PassError if `solvers` names no solver. Reference: Walker and Ni 2011.
     """
@@ -51,7 +51,6 @@ class Anderson(Pass):
     contract: ClassVar[Contract] = Contract(
         requires=frozenset({"partitioned"}),
         provides=frozenset({"solved"}),
-        forbids=frozenset({"outlined"}),
         numerics="changes",
     )
 

@@ -169,8 +169,8 @@ def test_rejects() -> None:
     ctx = PassContext(solvers={"layers.0": "newton"})
     match = "recorded for the fixed point 'layers.0' is 'newton'"
     assert_rejects(Anderson(), ready("auto"), PassError, match, ctx)
-    with pytest.raises(PipelineError, match="anderson must run before the graph is outlined"):
-        default_passes().replace("anderson").insert_after("outline", Anderson()).validate()
+    with pytest.raises(PipelineError, match="anderson requires a partitioned graph"):
+        default_passes().replace("anderson").insert_before("partition", Anderson()).validate()
 
 
 def test_a_tolerance_looser_than_eps_warns() -> None:
