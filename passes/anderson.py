@@ -40,9 +40,9 @@ class Anderson(Pass):
     the second one of a module by the path with ``#1`` behind; both branches get the same solver.
 
     Requires: ``partitioned``. Ensures: fact ``solved``; no undecided fixed point ahead of
-    ``outline``; a warning where a tolerance is looser than eps. Numerics: changes, by no more than the
-    solver's tolerance. Cost: O(nodes); a solve by mixing takes twice the window in states. Raises:
-    PassError if `solvers` names no solver. Reference: Walker and Ni 2011.
+    ``outline``; a warning where a tolerance is looser than eps. Numerics: changes, by no more than
+    the solver's tolerance. Cost: O(nodes); a solve by mixing takes twice the window in states.
+    Raises: PassError if `solvers` names no solver. Reference: Walker and Ni 2011.
     """
 
     mode: Literal["auto", "always", "off"] = "auto"

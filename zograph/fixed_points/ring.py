@@ -84,10 +84,24 @@ class Ring:
         usable = self._written > k - self.window
         size = self._gram.diagonal(dim1=1, dim2=2)
         scale = torch.where(usable & (size > 0), size.rsqrt(), 0.0)
-        scaled = self._gram * scale.unsqueeze(1) * scale.unsqueeze(2)
+        both = usable.unsqueeze(1) & usable.unsqueeze(2)  # other slots may hold anything
+        scaled = torch.where(both, self._gram * scale.unsqueeze(1) * scale.unsqueeze(2), 0.0)
         diagonal = torch.where(usable, self.ridge, 1.0)
-        solved, _ = torch.linalg.solve_ex(scaled + torch.diag_embed(diagonal), scale)
-        weights = solved * scale
+        weights = solve(scaled + torch.diag_embed(diagonal), scale) * scale
         weights = weights / weights.sum(dim=1, keepdim=True)
         sound = weights.abs().sum(dim=1) <= LARGEST  # False for NaN
         return weights, sound & (usable.sum(dim=1) > 1)
+
+
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve positive definite systems, float64[B, S, S] and [B, S]; not finite if singular.
+
+    Gauss-Jordan without pivots, S small steps of all systems at once: a library would start
+    threads for them.
+    """
+    rows = torch.cat([matrix, right.unsqueeze(2)], dim=2)
+    for i in range(matrix.shape[1]):
+        row = rows[:, i] / rows[:, i, i : i + 1]
+        rows = rows - rows[:, :, i : i + 1] * row.unsqueeze(1)
+        rows[:, i] = row
+    return rows[:, :, -1]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+import torch
 
 from zograph.fixed_points.history import History
 from zograph.fixed_points.options import SolveOptions, Solver
 from zograph.fixed_points.progress import FixedPointInfo, Progress, Status
 from zograph.fixed_points.ring import Ring
-from zograph.fixed_points.state import Cell, State, choose, norms, rows, wide
+from zograph.fixed_points.state import Cell, State, choose, rows, squares, wide
 
 Solved = tuple[State, FixedPointInfo, Status]
 
@@ -42,8 +42,9 @@ def picard(cell: Cell, z0: State, options: SolveOptions) -> Solved:
     z = best = z0
     for k in range(options.max_iter):
         value = cell(z)
-        residual = tuple(_minus(a, b) for a, b in zip(value, z, strict=True))
-        improved, go_on = progress.update(k, norms(residual), norms(value))
+        pairs = zip(rows(value), rows(z), strict=True)
+        sums = torch.stack([squares(a, b) for a, b in pairs]).sum(dim=0)
+        improved, go_on = progress.update(k, *sums.sqrt().unbind(dim=1))
         best = choose(improved, z, best)
         if not go_on:
             break
@@ -70,28 +71,15 @@ def anderson(cell: Cell, z0: State, options: SolveOptions) -> Solved:
     history = History(z0, ring.slots, options.history_dtype)
     z = z0
     for k in range(options.max_iter):
-        value = cell(z)
-        flat = rows(value)
-        residual = tuple(_minus(a, b) for a, b in zip(flat, rows(z), strict=True))
-        size = norms(residual)
-        improved, go_on = progress.update(k, size, norms(value))
-        if not go_on and device.type == "cpu" and not bool(improved.any()):
-            break
-        slot, keep = ring.next_slot(), progress.active | improved
-        history.store(slot, keep, flat, residual)
-        ring.record(k, slot, keep, improved, history.products(residual))
+        value, slot = cell(z), ring.next_slot()
+        seen = history.observe(slot, progress.active, value, z)
+        improved, go_on = progress.update(k, seen.residual, seen.value)
+        ring.record(k, slot, progress.active | improved, improved, seen.products)
         if not go_on:
             break
-        weights = ring.weights(k, slot, progress.active, size)
-        z = history.mix(weights, options.beta - 1)
+        z = history.mix(ring.weights(k, slot, progress.active, seen.residual), options.beta - 1)
     found = history.mix(ring.best_alone(), -1.0)
     return choose(ring.best >= 0, found, z0), *progress.finish(wide(z0[0].dtype))
-
-
-def _minus(a: Tensor, b: Tensor) -> Tensor:
-    """Subtract, in float32 if the operands are narrower."""
-    kind = wide(a.dtype)
-    return a - b if a.dtype == kind else a.to(kind) - b.to(kind)
 
 
 SOLVE: dict[Solver, Callable[[Cell, State, SolveOptions], Solved]] = {

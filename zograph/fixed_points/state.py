@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zograph.errors import CellError, OptionError
+from zograph.kernels import mixing
 
 State = tuple[Tensor, ...]
 Cell = Callable[[State], State]
@@ -73,14 +74,23 @@ def rows(state: State) -> State:
     return tuple(x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in state)
 
 
-def norms(state: State) -> Tensor:
-    """Return each sample's Euclidean norm over all tensors, float64[B]."""
-    parts: list[Tensor] = [
-        torch.linalg.vector_norm(x, dim=1, dtype=wide(x.dtype)).double() for x in rows(state)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.stack(parts).square().sum(dim=0).sqrt()
+def minus(a: Tensor, b: Tensor) -> Tensor:
+    """Subtract, in float32 if the operands are narrower."""
+    kind = wide(a.dtype)
+    return a - b if a.dtype == kind else a.to(kind) - b.to(kind)
+
+
+def squares(value: Tensor, z: Tensor) -> Tensor:
+    """Return the squares of each row's norms of f(z) - z and of f(z), float64[B, 2]."""
+    if mixing.serves(value):
+        return mixing.norms(value.contiguous(), z.contiguous())
+    return torch.stack([square(minus(value, z)), square(value)], dim=1)
+
+
+def square(x: Tensor) -> Tensor:
+    """Return the square of each row's norm, float64[B]."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=wide(x.dtype))
+    return norm.double().square()
 
 
 def choose(mask: Tensor, yes: State, no: State) -> State:
