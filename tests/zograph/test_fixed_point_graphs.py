@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import zograph
+from tests.passes.graphs import ready_for
 from tests.reference import Reference
 from zograph import printer
 from zograph.errors import CaptureError, CellError, LossError, PassError
 from zograph.fixed_points.nodes import is_solve
-from zograph.ir import Kind, meta, placeholders
+from zograph.ir import Kind, meta, placeholders, symbols
+from zograph.meter import measure
+from zograph.passes import Normalize, PassContext
 from zograph.testing import capture_function
 
 Batch = dict[str, Tensor]
@@ -186,8 +189,7 @@ def test_bits_are_kept_across_a_resume(tmp_path: Path) -> None:
     first = compiled(Model(), log=tmp_path / "log")
     for i in range(2):
         first(**batch(6 + i % 2, seed=i))
-    first.close() if hasattr(first, "close") else None
-    del first
+    first.close()
     model = Model()
     step = zograph.resume(model, tmp_path / "log", loss_fn=loss)
     for i in range(2, 5):
@@ -219,8 +221,8 @@ def test_a_frozen_solve_is_shared_by_the_branches() -> None:
 def test_the_model_learns() -> None:
     model = Model()
     step = compiled(model, lr=0.1)
-    losses = [float(step(**batch(16))) for _ in range(40)]
-    assert losses[-1] < 0.8 * losses[0]
+    losses = [float(step(**batch(16))) for _ in range(20)]
+    assert losses[-1] < 0.85 * losses[0]
 
 
 @pytest.mark.slow
@@ -290,3 +292,21 @@ def test_bad_cells_are_refused() -> None:
         step = zograph.compile(nn.Linear(4, 4), loss_fn=with_cell(cell), lr=0.1, backend="eager")
         with pytest.raises(error, match=message):
             step(x=x)
+
+
+def test_other_traces_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"Only zograph\.compile can capture it"):
+        torch.export.export(Cell(), (torch.ones(2, 8),), strict=False)
+
+
+def test_the_plan_counts_the_window() -> None:
+    """The memory of a solve grows by two states for each state of the window."""
+    peaks = []
+    for window in (4, 9):
+        model = Model(window=window)
+        gm = capture_function(model, loss, **batch(64))
+        gm = ready_for("gather", Normalize().apply(gm, PassContext()).gm)
+        (body,) = (b for b in printer.bodies(gm) if any(map(is_solve, b.graph.nodes)))
+        rows = {s: 64 for n in placeholders(gm) for s in symbols(n.meta["val"])}
+        peaks.append(measure(body, rows).peak_bytes)
+    assert peaks[1] - peaks[0] == 5 * 2 * 64 * 8 * 4

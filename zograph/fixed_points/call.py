@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from zograph.errors import CaptureError
 from zograph.fixed_points.gradient import attach
 from zograph.fixed_points.options import SolveOptions, Solver, Stop
 from zograph.fixed_points.progress import FixedPointInfo
@@ -117,7 +119,18 @@ def fixed_point(
 def solve(
     cell: Callable[[State], State], start: State, options: SolveOptions
 ) -> tuple[State, FixedPointInfo]:
-    """Run the solver that the options name; differentiable where gradients are on."""
+    """Run the solver that the options name; differentiable where gradients are on.
+
+    Raises
+    ------
+    CaptureError
+        If there are no values to solve with: under a trace that is not zograph's.
+    """
+    if any(isinstance(x, FakeTensor) for x in start):
+        raise CaptureError(
+            "zograph.fixed_point meets tensors without values. Only zograph.compile can capture "
+            "it; for torch.export or torch.compile, call them on the cell."
+        )
     with torch.no_grad():
         detached = tuple(x.detach() for x in start)
         z, info, status = SOLVE[options.solver](cell, detached, options)

@@ -41,7 +41,7 @@ class Flag:
             return self.newest()
         at = self._sent % 2
         self._host[at].copy_(values, non_blocking=True)
-        self._events[at].record(self._cuda.current_stream())
+        self._events[at].record(self._cuda.current_stream(values.device))
         self._sent += 1
         return None if self._sent == 1 else self._read(1 - at)
 
