@@ -286,6 +286,10 @@ def test_bad_cells_are_refused() -> None:
         "turned state 0 from": (lambda m, z: m(z).double(), CellError),
         "writes in place": (lambda m, z: m(z.mul_(0.5)), CaptureError),
         "writes in place ": (lambda m, z: _filled(m(z)), CaptureError),
+        "solves a fixed point itself": (
+            lambda m, z: zograph.fixed_point(lambda y: 0.1 * m(y) + z, z)[0],
+            CaptureError,
+        ),
         "draws random numbers": (lambda m, z: m(z) * torch.rand_like(z), PassError),
     }
     for message, (cell, error) in cells.items():

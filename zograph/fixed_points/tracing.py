@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zograph.errors import CaptureError
 from zograph.fixed_points.functional import make_functional
 from zograph.fixed_points.options import SolveOptions
 from zograph.fixed_points.progress import FixedPointInfo
@@ -76,14 +77,14 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.closed: dict[int, Tensor] = {}
-        self._known = {id(x): x for x in known}
+        self.known = {id(x): x for x in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and id(leaf) not in self._known:
+            if isinstance(leaf, Tensor) and id(leaf) not in self.known:
                 self.closed.setdefault(id(leaf), leaf)
         out = func(*args, **(kwargs or {}))
-        self._known |= {id(x): x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)}
+        self.known |= {id(x): x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)}
         return out
 
 
@@ -94,7 +95,7 @@ def closed_over(cell: Cell, start: State) -> list[Tensor]:
         out = cell(start)
     # A value that is returned as it is has been read by no operator.
     for leaf in out:
-        if id(leaf) not in reads._known:
+        if id(leaf) not in reads.known:
             reads.closed.setdefault(id(leaf), leaf)
     return list(reads.closed.values())
 
@@ -105,7 +106,7 @@ def trace_cell(cell: Cell, start: State, closed: Sequence[Tensor]) -> fx.GraphMo
     Raises
     ------
     CaptureError
-        If the cell writes to what is not its own.
+        If the cell writes to what is not its own, or holds a fixed point.
     """
     count = len(start)
 
@@ -114,6 +115,11 @@ def trace_cell(cell: Cell, start: State, closed: Sequence[Tensor]) -> fx.GraphMo
 
     graph = reenter_make_fx(flat)(*start, *closed)  # type: ignore[no-untyped-call]
     assert isinstance(graph, fx.GraphModule)
+    if any(n.target is torch.ops.zograph.fixed_point.default for n in graph.graph.nodes):
+        raise CaptureError(
+            "the cell of a fixed point solves a fixed point itself, which cannot be captured. Put "
+            "both into one state: zograph.fixed_point takes a tuple of tensors."
+        )
     make_functional(graph.graph)
     graph.graph.eliminate_dead_code()
     return graph
