@@ -284,7 +284,8 @@ def test_bad_cells_are_refused() -> None:
     x = torch.ones(3, 4)
     cells = {
         "turned state 0 from": (lambda m, z: m(z).double(), CellError),
-        "writes in place": (lambda m, z: m(z.mul_(0.5)), CaptureError),
+        "writes in place to its state: f": (lambda m, z: m(z.mul_(0.5)), CellError),
+        "writes in place": (lambda m, z: m(z) + m.weight.mul_(0.5)[:3], CaptureError),
         "writes in place ": (lambda m, z: _filled(m(z)), CaptureError),
         "solves a fixed point itself": (
             lambda m, z: zograph.fixed_point(lambda y: 0.1 * m(y) + z, z)[0],

@@ -246,6 +246,7 @@ def test_nan_from_the_cell(solver: Any) -> None:
         (lambda z: z.double(), "into torch.float64"),
         (lambda z: (z, z), "returned 2 values"),
         (lambda z: None, "returned NoneType"),
+        (lambda z: z.mul_(0.5).add_(1), "writes in place to its state"),
         (lambda z: (None,), "NoneType for state 0"),
     ],
 )

@@ -15,7 +15,7 @@ from zograph.fixed_points.options import SolveOptions, Solver, Stop
 from zograph.fixed_points.progress import FixedPointInfo
 from zograph.fixed_points.reporting import report
 from zograph.fixed_points.solvers import SOLVE
-from zograph.fixed_points.state import State, check_like, check_start
+from zograph.fixed_points.state import State, check_like, check_start, unwritten
 from zograph.fixed_points.tracing import is_tracing, trace
 
 Tensors = Tensor | tuple[Tensor, ...]
@@ -85,7 +85,7 @@ def fixed_point(
     OptionError
         If an option is unknown or out of range, or z0 is no state.
     CellError
-        If `f` changes shape, dtype or number of the tensors, or returns NaN.
+        If `f` changes shape, dtype or number of the tensors, writes to them, or returns NaN.
 
     Warns
     -----
@@ -110,7 +110,8 @@ def fixed_point(
     start = check_start((z0,) if isinstance(z0, Tensor) else z0)
 
     def cell(z: State) -> State:
-        return check_like(f(*z), z)
+        with unwritten(z):
+            return check_like(f(*z), z)
 
     z, info = (trace if is_tracing() else solve)(cell, start, options)
     return (z[0] if single else z), info

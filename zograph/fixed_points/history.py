@@ -7,6 +7,7 @@ state is served by a kernel that reads everything once; elsewhere by a few opera
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -86,8 +87,7 @@ class _Part:
 
     def __init__(self, like: Tensor, slots: int, dtype: torch.dtype) -> None:
         self._like, self._slots = like, slots
-        (flat,) = rows((like,))
-        self._batch, self._width = flat.shape
+        self._batch, self._width = like.shape[0], math.prod(like.shape[1:])
         self._native = mixing.serves(like, dtype)
         self._values, self._residuals = (self._room(kind) for kind in (wide(like.dtype), dtype))
         self._first = torch.arange(self._batch, device=like.device) * slots

@@ -81,8 +81,8 @@ class Progress:
         self._least = full(math.inf, torch.float64)
         self._flag = Flag(device.type == "cuda", 3)
 
-    def update(self, k: int, residual: Tensor, value: Tensor) -> tuple[Tensor, bool]:
-        """Take iteration `k`'s norms of f(z) - z and f(z) in, float64[B] each.
+    def update(self, residual: Tensor, value: Tensor) -> tuple[Tensor, bool]:
+        """Take an iteration's norms of f(z) - z and f(z) in, float64[B] each.
 
         Returns
         -------

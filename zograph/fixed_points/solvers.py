@@ -40,11 +40,11 @@ def picard(cell: Cell, z0: State, options: SolveOptions) -> Solved:
     """
     progress = Progress(len(z0[0]), z0[0].device, options)
     z = best = z0
-    for k in range(options.max_iter):
+    for _ in range(options.max_iter):
         value = cell(z)
         pairs = zip(rows(value), rows(z), strict=True)
         sums = torch.stack([squares(a, b) for a, b in pairs]).sum(dim=0)
-        improved, go_on = progress.update(k, *sums.sqrt().unbind(dim=1))
+        improved, go_on = progress.update(*sums.sqrt().unbind(dim=1))
         best = choose(improved, z, best)
         if not go_on:
             break
@@ -62,7 +62,7 @@ def anderson(cell: Cell, z0: State, options: SolveOptions) -> Solved:
     A sample whose residual grows, or that gains too little, restarts by a forward step from its
     best iterate (:mod:`zograph.fixed_points.safeguard`). So for a map that contracts by L in the
     Euclidean norm, n evaluations lower the residual by ``L ** ((n - 1) // (window + 1))`` or
-    more: never slower than forward iteration by more than a factor of window + 1.
+    more (with `beta` 1): never slower than forward iteration by more than a factor of window + 1.
 
     Parameters and results are those of :func:`picard`. Memory: twice the window in states.
     """
@@ -73,7 +73,7 @@ def anderson(cell: Cell, z0: State, options: SolveOptions) -> Solved:
     for k in range(options.max_iter):
         value, slot = cell(z), ring.next_slot()
         seen = history.observe(slot, progress.active, value, z)
-        improved, go_on = progress.update(k, seen.residual, seen.value)
+        improved, go_on = progress.update(seen.residual, seen.value)
         ring.record(k, slot, progress.active | improved, improved, seen.products)
         if not go_on:
             break

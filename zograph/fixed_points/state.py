@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +63,16 @@ def check_like(new: object, state: State) -> State:
                 f"map that keeps shape, dtype and device. Cast or reshape inside the cell."
             )
     return tuple(found)
+
+
+@contextlib.contextmanager
+def unwritten(state: State) -> Iterator[None]:
+    """Raise CellError if a cell writes to the state that it is given."""
+    tracked = [x for x in state if not x.is_inference()]
+    before = [x._version for x in tracked]
+    yield
+    if [x._version for x in tracked] != before:
+        raise CellError("the cell writes in place to its state: f(z) and z could not be compared.")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

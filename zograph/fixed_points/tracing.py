@@ -9,7 +9,7 @@ start, the tensors closed over, and the number of the graph in the list of the c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +25,7 @@ from zograph.errors import CaptureError
 from zograph.fixed_points.functional import make_functional
 from zograph.fixed_points.options import SolveOptions
 from zograph.fixed_points.progress import FixedPointInfo
-from zograph.fixed_points.state import State, wide
-
-Cell = Callable[[State], State]
+from zograph.fixed_points.state import Cell, State, wide
 
 
 @dataclass(frozen=True)
