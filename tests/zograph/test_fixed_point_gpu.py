@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,11 +22,13 @@ pytestmark = [
 SOLVERS = ("anderson", "picard")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_synchronise() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def tanh_cell(device: str) -> Any:
@@ -44,11 +47,12 @@ def test_solutions_are_those_of_the_cpu(solver: Any, history: torch.dtype | None
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_the_host_does_not_synchronise(solver: Any, no_synchronise: None) -> None:
-    cell, z0 = tanh_cell("cuda"), (torch.empty(5, 64, device="cuda").zero_(),)
-    _, info, status = SOLVE[solver](cell, z0, SolveOptions(tol=1e-5))
+def test_the_host_does_not_synchronise(solver: Any) -> None:
+    cell, z0, options = tanh_cell("cuda"), (torch.zeros(5, 64).cuda(),), SolveOptions(tol=1e-5)
+    SOLVE[solver](cell, z0, options)  # what libraries do at their first call
+    with no_synchronise():
+        _, info, status = SOLVE[solver](cell, z0, options)
     assert status.running == 0
-    torch.cuda.set_sync_debug_mode("default")
     assert info.converged.all()
 
 
@@ -59,7 +63,6 @@ def test_gradients_are_those_of_the_cpu() -> None:
         z, _ = zograph.fixed_point(
             lambda z: torch.tanh(z @ w + 1), torch.zeros(4, 16, device=device), tol=1e-6
         )
-        assert isinstance(z, Tensor)
         z.square().sum().backward()
         assert w.grad is not None
         return w.grad.cpu()

@@ -26,7 +26,6 @@ def test_gradcheck(solver: Any) -> None:
         z, _ = zograph.fixed_point(
             lambda z: torch.tanh(z @ w + x), torch.zeros_like(x), solver=solver, **EXACT
         )
-        assert isinstance(z, Tensor)
         return z
 
     assert torch.autograd.gradcheck(solved, weights())
@@ -38,7 +37,6 @@ def test_gradcheck_of_a_tuple() -> None:
             return torch.tanh(b @ w + x), 0.5 * torch.sin(a @ w.T)
 
         z, _ = zograph.fixed_point(cell, (torch.zeros_like(x), torch.ones_like(x)), **EXACT)
-        assert isinstance(z, tuple)
         return z[0], z[1]
 
     assert torch.autograd.gradcheck(solved, weights(3))
@@ -63,7 +61,6 @@ def test_values_are_those_without_gradients() -> None:
 
     def solved() -> Tensor:
         z, _ = zograph.fixed_point(lambda z: torch.tanh(z @ w + x), torch.zeros_like(x))
-        assert isinstance(z, Tensor)
         return z
 
     with torch.no_grad():
@@ -76,7 +73,6 @@ def test_values_are_those_without_gradients() -> None:
 def test_nothing_to_differentiate_gives_a_plain_tensor() -> None:
     z0 = torch.zeros(1, 1, requires_grad=True)
     z, _ = zograph.fixed_point(torch.cos, z0)
-    assert isinstance(z, Tensor)
     assert not z.requires_grad
 
 
@@ -89,7 +85,6 @@ def test_a_state_that_the_loss_does_not_use() -> None:
     )
     (found,) = torch.autograd.grad(z[0].sum(), w)
     alone, _ = zograph.fixed_point(lambda a: torch.tanh(a @ w + x), torch.zeros_like(x), **EXACT)
-    assert isinstance(alone, Tensor)
     (expected,) = torch.autograd.grad(alone.sum(), w)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
@@ -138,7 +133,6 @@ def test_the_backward_system_warns_by_itself() -> None:
         backward_tol=1e-12,
         backward_max_iter=3,
     )
-    assert isinstance(z, Tensor)
     with pytest.warns(UserWarning, match="backward system of a fixed point: 3 of 3"):
         z.sum().backward()
 
@@ -146,6 +140,5 @@ def test_the_backward_system_warns_by_itself() -> None:
 def test_nan_in_the_backward_system() -> None:
     w, x = weights()
     z, _ = zograph.fixed_point(lambda z: torch.tanh(z @ w + x), torch.zeros_like(x), **EXACT)
-    assert isinstance(z, Tensor)
     with pytest.raises(CellError, match="backward system"):
         (z * torch.nan).sum().backward()

@@ -39,7 +39,6 @@ class Cell(nn.Module):
         z, _ = zograph.fixed_point(
             lambda z: torch.tanh(self.mix(z) + x), torch.zeros_like(x), **self.options
         )
-        assert isinstance(z, Tensor)
         return z
 
 
@@ -105,7 +104,6 @@ class Everything(nn.Module):
             return torch.nn.functional.relu(new + torch.ones(4), inplace=True)
 
         z, info = zograph.fixed_point(cell, torch.zeros_like(x), tol=1e-6)
-        assert isinstance(z, Tensor)
         return z.sum() + 0 * self.unused.sum() + 0 * info.iterations.sum()
 
 
@@ -173,13 +171,12 @@ def test_losses_are_those_of_an_eager_forward(solver: str) -> None:
 
 def test_bits_do_not_depend_on_budget_or_storage(tmp_path: Path) -> None:
     """Numerics contract 2."""
-    expected = run(Model(2))
+    expected = run(Model(), steps=3)
     for options in (
         {"memory": "minimum"},
-        {"memory": "minimum", "storage": tmp_path / "work"},
-        {"memory": "minimum", "fold_every": 3},
+        {"memory": "minimum", "storage": tmp_path / "work", "fold_every": 3},
     ):
-        records, weights = run(Model(2), **options)
+        records, weights = run(Model(), steps=3, **options)
         assert records == expected[0], options
         assert all(map(torch.equal, weights, expected[1])), options
 
@@ -246,7 +243,6 @@ def test_nan_shows_in_the_loss() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             z, _ = zograph.fixed_point(lambda z: (self.w * x).log() + 0 * z, torch.zeros_like(x))
-            assert isinstance(z, Tensor)
             return z.mean()
 
     step = zograph.compile(Broken(), lr=0.1, backend="eager")
@@ -276,7 +272,6 @@ def test_bad_cells_are_refused() -> None:
     def with_cell(cell: Any) -> Any:
         def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
             z, _ = zograph.fixed_point(lambda z: cell(model, z), torch.zeros(3, 4))
-            assert isinstance(z, Tensor)
             return z.sum() + model(x).sum()
 
         return loss_fn

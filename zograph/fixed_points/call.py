@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +18,12 @@ from zograph.fixed_points.solvers import SOLVE
 from zograph.fixed_points.state import State, check_like, check_start, unwritten
 from zograph.fixed_points.tracing import is_tracing, trace
 
-Tensors = Tensor | tuple[Tensor, ...]
+Z = TypeVar("Z", Tensor, tuple[Tensor, ...])
 
 
 def fixed_point(
     f: Callable[..., Any],
-    z0: Tensors,
+    z0: Z,
     *,
     tol: float = 1e-3,
     max_iter: int = 50,
@@ -35,7 +35,7 @@ def fixed_point(
     history_dtype: torch.dtype | None = None,
     backward_tol: float | None = None,
     backward_max_iter: int | None = None,
-) -> tuple[Tensors, FixedPointInfo]:
+) -> tuple[Z, FixedPointInfo]:
     """Find z with ``z = f(z)``, sample by sample.
 
     Runs the solver where it is called. In a model that :func:`zograph.compile` captures it
@@ -106,7 +106,6 @@ def fixed_point(
     given = dict(locals())
     del given["f"], given["z0"]
     options = SolveOptions(**given)
-    single = isinstance(z0, Tensor)
     start = check_start((z0,) if isinstance(z0, Tensor) else z0)
 
     def cell(z: State) -> State:
@@ -114,7 +113,8 @@ def fixed_point(
             return check_like(f(*z), z)
 
     z, info = (trace if is_tracing() else solve)(cell, start, options)
-    return (z[0] if single else z), info
+    found: Any = z[0] if isinstance(z0, Tensor) else z
+    return found, info
 
 
 def solve(

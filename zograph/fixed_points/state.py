@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zograph.errors import CellError, OptionError
 from zograph.kernels import mixing
+from zograph.pool import pool
 
 State = tuple[Tensor, ...]
 Cell = Callable[[State], State]
@@ -109,10 +110,13 @@ def choose(mask: Tensor, yes: State, no: State) -> State:
 
     Copies nothing on the CPU if the mask is the same for all samples; asks no GPU.
     """
-    if mask.device.type == "cpu":
-        count = int(mask.sum())
-        if count in (0, len(mask)):
-            return yes if count else no
-    return tuple(
-        torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(yes, no, strict=True)
-    )
+    masks = [mask.view(-1, *[1] * (x.dim() - 1)) for x in yes]
+    pairs = zip(masks, yes, no, strict=True)
+    if mask.device.type != "cpu":
+        return tuple(torch.where(m, a, b) for m, a, b in pairs)
+    count = int(mask.sum())
+    if count in (0, len(mask)):
+        return yes if count else no
+    # Into recycled memory: fresh pages would cost more than the copy.
+    outs = [pool.empty(x.shape, x.dtype) for x in yes]
+    return tuple(torch.where(m, a, b, out=out) for (m, a, b), out in zip(pairs, outs, strict=True))
