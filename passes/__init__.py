@@ -1,9 +1,10 @@
 """The passes, in the order in which they run.
 
-normalize -> chunk -> partition -> hoist -> dual_perturbation -> materialize -> outline ->
-gather -> offload -> schedule -> lower
+normalize -> chunk -> partition -> hoist -> dual_perturbation -> materialize -> anderson ->
+outline -> gather -> offload -> schedule -> lower
 """
 
+from zograph.passes.anderson import Anderson
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
 from zograph.passes.chunk import Chunk
 from zograph.passes.dual_perturbation import DualPerturbation
@@ -18,6 +19,7 @@ from zograph.passes.partition import Partition
 from zograph.passes.schedule import Schedule
 
 __all__ = [
+    "Anderson",
     "Chunk",
     "Contract",
     "DualPerturbation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -63,6 +64,11 @@ class PassContext:
     layout
         Which weights are streamed and through how much memory; None: all weights stay on the
         device.
+    solvers
+        For fixed points that leave their solver open, ``anderson`` or ``picard`` by name, as
+        decided and recorded before.
+    eps
+        The perturbation, where it is known.
     lowered
         Compiled stage bodies by their form; `lower` adds to it and takes from it.
     """
@@ -75,6 +81,8 @@ class PassContext:
     rounding: str = "nearest"
     by_rows: bool = False
     layout: Layout | None = None
+    solvers: Mapping[str, str] = field(default_factory=dict)
+    eps: float | None = None
     lowered: dict[Any, Any] = field(default_factory=dict)
 
 

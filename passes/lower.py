@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,8 @@ from torch._inductor import standalone_compile
 from zograph.ir import symbols
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
 from zograph.passes.normalize import expression
-from zograph.passes.partition import form, structure
+from zograph.passes.partition import body_form
+from zograph.printer import cell_of
 
 # Inductor would gather all materialize calls ahead of the matmuls that use them; the graph's
 # own order lets perturbed copies die young.
@@ -45,7 +47,8 @@ class Lower(Pass):
         %body_0: (f32[s0, 8], f32[s0, 8]) = body_0(%x, %w, ...)     # compiled code
 
     Requires: ``outlined``. Ensures: fact ``lowered``. Composite operators are decomposed
-    here and nowhere earlier; the materialize operators stay opaque calls. With
+    here and nowhere earlier; the materialize operators stay opaque calls. The body of a fixed
+    point stays a graph, whose cell is compiled. With
     ``backend="eager"`` the bodies stay graphs, and so does one whose inputs' sizes Inductor cannot
     name. Numerics: reassociates. Cost: seconds per
     distinct body, none in a second process (Inductor's cache) or for a graph that was planned
@@ -62,23 +65,35 @@ class Lower(Pass):
     def apply(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         if ctx.backend == "eager":
             return PassResult(gm, False, ("backend is eager: bodies run as graphs",))
-        bodies = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
-        compiled = lowered = kept = 0
-        for name in sorted(bodies):
-            body = gm.get_submodule(name)
-            if isinstance(body, fx.GraphModule) and not names_its_sizes(body):
-                kept += 1
-            elif isinstance(body, fx.GraphModule):
-                key = body_form(body)
-                if key not in ctx.lowered:
-                    ctx.lowered[key] = compile_body(body)
-                    compiled += 1
-                gm.set_submodule(name, CompiledBody(body, ctx.lowered[key]))
-                lowered += 1
-        notes = [f"{compiled} bodies compiled"] if lowered else []
-        if kept:
+        graphs = Counter[str]()
+        for owner, name in places(gm):
+            graph = owner.get_submodule(name)
+            if not isinstance(graph, fx.GraphModule):
+                continue  # compiled already
+            if not names_its_sizes(graph):
+                graphs["kept"] += 1
+                continue
+            key = body_form(graph)
+            if key not in ctx.lowered:
+                ctx.lowered[key] = compile_body(graph)
+                graphs["compiled"] += 1
+            owner.set_submodule(name, CompiledBody(graph, ctx.lowered[key]))
+            graphs["lowered"] += 1
+        notes = [f"{graphs['compiled']} bodies compiled"] if graphs["lowered"] else []
+        if kept := graphs["kept"]:
             notes.append(f"{kept} bodies run as graphs: a size of their inputs has no name")
-        return PassResult(gm, bool(lowered), tuple(notes))
+        return PassResult(gm, bool(graphs["lowered"]), tuple(notes))
+
+
+def places(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, str]]:
+    """List what is compiled, as graphs by owner and name: bodies, or where they have any, cells."""
+    found: list[tuple[fx.GraphModule, str]] = []
+    for name in sorted({str(n.target) for n in gm.graph.nodes if n.op == "call_module"}):
+        body = gm.get_submodule(name)
+        if isinstance(body, fx.GraphModule):
+            cells = [n for n in body.graph.nodes if cell_of(body, n) is not None]
+            found += [(body, str(n.target)) for n in cells] or [(gm, name)]
+    return found
 
 
 def names_its_sizes(body: fx.GraphModule) -> bool:
@@ -93,23 +108,12 @@ def names_its_sizes(body: fx.GraphModule) -> bool:
     return not set().union(*map(symbols, tensors)) - named
 
 
-def body_form(body: fx.GraphModule) -> tuple[Any, ...]:
-    """Describe a body up to the names of its nodes: equal forms compile to equal code."""
-    nodes = list(body.graph.nodes)
-    inputs = tuple(form(n.meta["val"]) for n in nodes if n.op == "placeholder")
-    attributes = tuple(id(getattr(body, str(n.target))) for n in nodes if n.op == "get_attr")
-    inside = [n for n in nodes if n.op not in ("placeholder", "get_attr", "output")]
-    index = {n: i for i, n in enumerate(nodes)}
-    uses = tuple(tuple(index[s] for s in n.all_input_nodes) for n in nodes)
-    return inputs, attributes, structure(inside), uses
-
-
 def compile_body(body: fx.GraphModule) -> Any:
     """Compile one body for the fake inputs that its placeholders carry."""
     copy = fx.GraphModule(body, fx.Graph())
     copy.graph = body.graph
     for node in copy.graph.nodes:  # where standalone_compile looks for the shape environment
-        node.meta["example_value"] = node.meta["val"]
+        node.meta["example_value"] = node.meta.get("val")
     inputs = [n.meta["val"] for n in copy.graph.nodes if n.op == "placeholder"]
     with torch.no_grad(), inductor_config.patch(KEEP_ORDER):
         return standalone_compile(copy, inputs, dynamic_shapes="from_graph")

@@ -22,6 +22,7 @@ from zograph.ir import (
     placeholders,
 )
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
+from zograph.printer import cells
 from zograph.randomness import is_random
 
 aten = torch.ops.aten
@@ -100,10 +101,23 @@ class Normalize(Pass):
         }
         reject_random(gm)
         counts["repeated nodes merged"] = merge_repeated(gm)
+        counts["nodes of cells dropped"] = sum(normalize_cell(cell) for cell in cells(gm))
         counts["inputs of the loss cast to float32"] = reduce_loss_in_float32(gm)
         modified = gm.graph.eliminate_dead_code() or any(counts.values())
         gm.recompile()
         return PassResult(gm, modified, tuple(f"{n} {what}" for what, n in counts.items() if n))
+
+
+def normalize_cell(cell: fx.GraphModule) -> int:
+    """Do the same in the cell of a fixed point; return the number of nodes that are gone."""
+    before = len(cell.graph.nodes)
+    drop_assertions(cell)
+    drop_copies(cell)
+    reject_random(cell)
+    merge_repeated(cell)
+    cell.graph.eliminate_dead_code()
+    cell.recompile()
+    return before - len(cell.graph.nodes)
 
 
 def drop_assertions(gm: fx.GraphModule) -> int:

@@ -64,6 +64,9 @@ class Outline(Pass):
         bodies: dict[Any, str] = {}
         for stage, nodes in stages.items():
             outline_stage(gm, stage, nodes, bodies)
+        for node in [n for n in gm.graph.nodes if n.op == "get_attr" and not n.users]:
+            gm.graph.erase_node(node)  # a cell, which its body has now
+            gm.delete_submodule(str(node.target))
         info(gm).stages = {s: n for s, n in info(gm).stages.items() if s in stages or not stages}
         gm.recompile()
         note = f"{len(stages)} stages, {len(bodies)} distinct bodies"

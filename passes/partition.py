@@ -12,6 +12,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from zograph.fixed_points.nodes import is_of_solve, is_solve
 from zograph.ir import (
     Kind,
     ParamInfo,
@@ -49,8 +50,9 @@ class Partition(Pass):
     and weights (found from the module stack that export records at every call). Where the
     outermost such list holds no two blocks of equal structure but a list inside does, the
     inner one is taken. What stands between blocks gets stages of its own, and so does each piece
-    of a large table. Where the context sets a `cut`, stages are cut further between operators, so
-    that the weights of one stage take at most that many bytes, or those of a single operator.
+    of a large table, and each fixed point with its results. Where the context sets a `cut`, stages
+    are cut further between operators, so that the weights of one stage take at most that many
+    bytes, or those of a single operator.
 
     Requires: ``normalized``. Ensures: fact ``partitioned``; stage numbers grow along every
     edge (cycles between blocks are merged by networkx condensation); nodes stand in stage
@@ -156,12 +158,25 @@ def structure(nodes: list[fx.Node]) -> tuple[Any, ...]:
 
 
 def form(val: Any) -> str:
-    """Describe a fake value: dtype, shape and strides."""
+    """Describe a fake value: dtype, shape and strides; of a cell, what it computes."""
+    if isinstance(val, fx.GraphModule):
+        return str(body_form(val))
     if isinstance(val, torch.Tensor):
         return f"{val.dtype}{tuple(val.shape)}{tuple(val.stride())}"
     if isinstance(val, (tuple, list)):
         return str([form(v) for v in val])
     return str(val)
+
+
+def body_form(body: fx.GraphModule) -> tuple[Any, ...]:
+    """Describe a body up to the names of its nodes: equal forms compile to equal code."""
+    nodes = list(body.graph.nodes)
+    inputs = tuple(form(n.meta["val"]) for n in nodes if n.op == "placeholder")
+    attributes = tuple(id(getattr(body, str(n.target))) for n in nodes if n.op == "get_attr")
+    inside = [n for n in nodes if n.op not in ("placeholder", "get_attr", "output")]
+    index = {n: i for i, n in enumerate(nodes)}
+    uses = tuple(tuple(index[s] for s in n.all_input_nodes) for n in nodes)
+    return inputs, attributes, structure(inside), uses
 
 
 def number_stages(
@@ -214,18 +229,22 @@ def cut_stages(
 ) -> tuple[dict[fx.Node, int], dict[int, str]]:
     """Cut stages into parts whose weights take at most `cut` bytes, or serve one operator.
 
-    Without a `cut`, only the pieces of tables are cut from each other.
+    Without a `cut`, only the pieces of tables are cut from each other, and fixed points from what
+    stands around them.
     """
     alone = weight_only(nodes)
     parts: dict[int, list[list[fx.Node]]] = {}
     for stage in names:
         parts[stage] = [[]]
         held: dict[fx.Node, int] = {}
+        solving = False
         for node in nodes:
             if stage_of[node] != stage or node in alone:
                 continue
             weights = weights_of(node, alone)
-            if held and is_cut(held, weights, cut, params):
+            border = is_solve(node) or (solving and not is_of_solve(node))
+            solving = is_of_solve(node)
+            if (parts[stage][-1] and border) or (held and is_cut(held, weights, cut, params)):
                 parts[stage].append([])
                 held = {}
             held |= weights

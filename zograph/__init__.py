@@ -4,6 +4,7 @@ from zograph import errors, passes
 from zograph.capture import Evaluation
 from zograph.compiler import compile, resume
 from zograph.device import DeviceSpec
+from zograph.fixed_points import FixedPointInfo, fixed_point
 from zograph.loading import from_pretrained
 from zograph.noise import noise
 from zograph.paper import plan
@@ -19,6 +20,7 @@ __all__ = [
     "DeviceSpec",
     "Direction",
     "Evaluation",
+    "FixedPointInfo",
     "Pipeline",
     "Plan",
     "StepRecord",
@@ -26,6 +28,7 @@ __all__ = [
     "compile",
     "default_passes",
     "errors",
+    "fixed_point",
     "from_pretrained",
     "noise",
     "passes",

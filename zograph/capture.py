@@ -26,8 +26,10 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from zograph.errors import CaptureError
+from zograph.errors import CaptureError, ZographError
 from zograph.faking import fake_copy, placed
+from zograph.fixed_points.entering import enter_cells
+from zograph.fixed_points.tracing import TracedCell, tracing_cells
 from zograph.ir import KEY, GraphInfo, Kind, NodeMeta, fake_mode, info, placeholders
 from zograph.parameters import parameter_table
 from zograph.pieces import enter_in_pieces
@@ -229,8 +231,9 @@ def capture(
         leaves = [placed(x, device, compute_dtype) for x in leaves]
     stand_ins = pytree.tree_unflatten(leaves, pytree.tree_structure(dict(batch)))
     try:
-        ep = _export(traced, stand_ins, sig)
-    except CaptureError:
+        with tracing_cells() as cells:
+            ep = _export(traced, stand_ins, sig)
+    except ZographError:
         raise
     except Exception as error:  # the user's forward may raise anything; it is chained
         raise CaptureError(
@@ -241,7 +244,7 @@ def capture(
             f"torch.where, torch.cond or fixed sizes, or choose another attention or experts "
             f"implementation in the model's config."
         ) from error
-    return _finish(model, ep, traced, sig, compute_dtype)
+    return _finish(model, ep, traced, sig, cells)
 
 
 def _finish(
@@ -249,7 +252,7 @@ def _finish(
     ep: torch.export.ExportedProgram,
     traced: _Traced,
     sig: Signature,
-    compute_dtype: torch.dtype | None,
+    cells: list[TracedCell],
 ) -> Capture:
     """Annotate the exported graph, restore base dtypes and read off the ranges."""
     gm = ep.graph_module
@@ -295,6 +298,7 @@ def _finish(
             node.meta[KEY] = NodeMeta(module=tuple(calls), source=f"capture<{node.name}")
         node.meta = {k: v for k, v in node.meta.items() if k in KEPT}
     out.meta[KEY] = NodeMeta(Kind.OUTPUT, source="capture")
+    enter_cells(gm, cells)
     _restore_base(gm, base)
     gm.meta[KEY] = GraphInfo(params=parameter_table(model), has_loss=traced.want_loss)
     _record_outputs(info(gm), traced)

@@ -39,6 +39,10 @@ class PipelineError(ZographError, ValueError):
     """Passes stand in an order that their contracts forbid."""
 
 
+class CellError(ZographError, ValueError):
+    """A fixed point's cell returns NaN, or other shapes or dtypes than it is given."""
+
+
 class LossError(ZographError, ArithmeticError):
     """A loss is NaN or infinite. The weights are as they were before the step."""
 

@@ -220,6 +220,7 @@ class Graphs:
             o.directions,
             period,
             rounding=o.rounding,
+            eps=o.eps,
             by_rows=self.by_rows,
             **more,
         )

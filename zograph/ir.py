@@ -49,6 +49,8 @@ class Kind(StrEnum):
     NOISE = "noise"
     """A runtime scalar or table of the zeroth-order step: seed, eps, keys, pending terms."""
     OP = "op"
+    CELL = "cell"
+    """A graph as a value: the cell of a fixed point."""
     STAGE = "stage"
     WEIGHT = "weight"
     """A weight as a stage sees it: fetched into a slot, or folded."""

@@ -11,6 +11,7 @@ from zograph.errors import PipelineError
 from zograph.ir import info
 from zograph.observers import Observers
 from zograph.passes import (
+    Anderson,
     Chunk,
     DualPerturbation,
     Gather,
@@ -152,6 +153,7 @@ def default_passes() -> Pipeline:
             Hoist(),
             DualPerturbation(),
             Materialize(),
+            Anderson(),
             Outline(),
             Gather(),
             Offload(),

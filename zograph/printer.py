@@ -32,7 +32,7 @@ _SHORT = {
 
 
 def text(gm: fx.GraphModule, *, provenance: bool = False) -> str:
-    """Return the canonical text of a graph, nested stage bodies once each after it.
+    """Return the canonical text of a graph, stage bodies and cells once each after it.
 
     Parameters
     ----------
@@ -61,6 +61,9 @@ def text(gm: fx.GraphModule, *, provenance: bool = False) -> str:
     for module, stages in printer.bodies.items():
         lines += ["", _header(stages, printer.body_name(module))]
         lines += [f"  {line}" for _, line in printer.lines(module)]
+    for module in printer.cells:
+        lines += ["", f"cell: {printer.body_name(module)}"]
+        lines += [f"  {line}" for _, line in printer.lines(module)]
     return "\n".join(lines) + "\n"
 
 
@@ -85,9 +88,9 @@ def around(gm: fx.GraphModule, node: fx.Node, lines: int = 3) -> str:
 
 
 def summary(gm: fx.GraphModule) -> Counter[str]:
-    """Count ops by name in the main graph and, once each, in its stage bodies."""
+    """Count ops by name in the main graph and, once each, in its stage bodies and cells."""
     count: Counter[str] = Counter()
-    for module in [gm, *bodies(gm)]:
+    for module in graphs(gm):
         for node in module.graph.nodes:
             if node.op == "call_function":
                 count[ir.op_name(node)] += 1
@@ -105,10 +108,32 @@ def bodies(gm: fx.GraphModule) -> dict[fx.GraphModule, list[fx.Node]]:
     return found
 
 
+def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """List the main graph, its stage bodies and its cells, each once."""
+    return [gm, *bodies(gm), *cells(gm)]
+
+
+def cells(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """List the distinct graphs that the main graph and its stage bodies hold as values."""
+    found: dict[fx.GraphModule, None] = {}
+    for module in [gm, *bodies(gm)]:
+        for node in module.graph.nodes:
+            if (cell := cell_of(module, node)) is not None:
+                found[cell] = None
+    return list(found)
+
+
+def cell_of(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    """Return the graph that a node stands for, None if it stands for something else."""
+    return _graph(gm, node) if ir.meta(node).kind is ir.Kind.CELL else None
+
+
 def body_of(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
     """Return the graph that a stage node runs, through a compiled wrapper if there is one."""
-    if node.op != "call_module":
-        return None
+    return _graph(gm, node) if node.op == "call_module" else None
+
+
+def _graph(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
     module: Any = gm
     for atom in str(node.target).split("."):
         module = getattr(module, atom, None)
@@ -126,15 +151,16 @@ class Printer:
     """
 
     def __init__(self, gm: fx.GraphModule, *, provenance: bool = False) -> None:
-        self.bodies = bodies(gm)
+        self.bodies, self.cells = bodies(gm), cells(gm)
         self._body_names = {body: f"body{i}" for i, body in enumerate(self.bodies)}
+        self._body_names |= {cell: f"cell{i}" for i, cell in enumerate(self.cells)}
         self._provenance = provenance
         self._names: dict[fx.Node, str] = {}
         self._symbols: dict[Any, Any] = {}
         self._expressions: dict[Any, str] = {}
 
     def body_name(self, body: fx.GraphModule) -> str:
-        """Return the name of a stage body in this text."""
+        """Return the name of a stage body or cell in this text."""
         return self._body_names[body]
 
     def lines(self, gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
@@ -184,6 +210,8 @@ class Printer:
             return re.sub(r"\['([^']*)'\]", r".\1", ir.meta(node).name or node.name).lstrip(".")
         if node.op == "call_module":
             return "stage"
+        if ir.meta(node).kind is ir.Kind.CELL:
+            return "cell"
         target = node.target
         if isinstance(target, torch._ops.OpOverload):
             return str(target._opname)
@@ -192,6 +220,8 @@ class Printer:
     def _line(self, gm: fx.GraphModule, node: fx.Node) -> str:
         if node.op == "output":
             return f"return {self._arg(node.args[0] if node.args else None)}"
+        if (cell := cell_of(gm, node)) is not None:
+            return f"{self.name(node)} = {self._body_names[cell]}"
         left = f"{self.name(node)}: {self.type(node.meta['val']) if 'val' in node.meta else '?'}"
         line = f"{left} = {self._call(gm, node)}"
         comment = self._comment(node)

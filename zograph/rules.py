@@ -13,6 +13,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from zograph import ir, printer
 from zograph.fake_replay import difference
 from zograph.randomness import is_random
+from zograph.rules_cells import cells
 from zograph.rules_step import branches, facts, hoisted, paired, stages
 from zograph.rules_transfers import codecs, folds, schedule, slots
 from zograph.verifier import Fault, Rule, Scope
@@ -228,6 +229,7 @@ RULES: tuple[Rule, ...] = (
     Rule("functional", functional),
     Rule("random", random),
     Rule("dead", dead),
+    Rule("cells", cells),
     Rule("values", values),
     Rule("dtypes", dtypes),
     Rule("stage calls", calls_of_bodies),

@@ -119,7 +119,7 @@ class Verifier:
         self.replay = Replay()
 
     def check(self, gm: fx.GraphModule, *, after: str, skip: Collection[str] = ()) -> None:
-        """Check a graph and the stage bodies in it.
+        """Check a graph, and the stage bodies and cells in it.
 
         Parameters
         ----------
@@ -137,7 +137,7 @@ class Verifier:
             the graph around the node.
         """
         record = ir.info(gm)
-        for module in [gm, *printer.bodies(gm)]:
+        for module in printer.graphs(gm):
             scope = Scope(module, record, module is gm, self.replay)
             for rule in self.rules:
                 if rule.name in skip or (rule.top_only and not scope.top):
@@ -148,7 +148,7 @@ class Verifier:
 
 def explain(scope: Scope, rule: str, after: str, fault: Fault) -> str:
     """Return the message of a fault: pass, rule, node, expected, found, advice, graph."""
-    place = "" if scope.top else " in a stage body"
+    place = "" if scope.top else " in a stage body or cell"
     where = "" if fault.node is None else f" at {scope.name(fault.node)}"
     lines = [
         f"after {after}: the graph breaks the rule '{rule}'{where}{place}",

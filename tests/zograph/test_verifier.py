@@ -382,8 +382,9 @@ def test_broken_graph(rule: str, make: Make, message: str) -> None:
 
 
 def test_every_rule_is_broken_here() -> None:
-    transfers = {"slots", "folds", "codecs", "schedule"}  # test_rules_transfers.py breaks these
-    assert {b[0] for b in BREAKS} | transfers == {r.name for r in RULES}
+    elsewhere = {"slots", "folds", "codecs", "schedule"}  # test_rules_transfers.py breaks these
+    elsewhere |= {"cells"}  # tests/passes/test_anderson.py
+    assert {b[0] for b in BREAKS} | elsewhere == {r.name for r in RULES}
 
 
 def test_the_message_holds_the_graph() -> None:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from zograph import ir
 from zograph.capture import capture
 from zograph.errors import CaptureError
+from zograph.fixed_points.entering import cell_node
 from zograph.ir import KEY, GraphInfo, Kind, NodeMeta, ParamInfo
 from zograph.noise import parameter_key
 from zograph.signature import signatures
@@ -77,6 +78,17 @@ class GraphBuilder:
         kwargs = fields.pop("kwargs", {})
         with self._mode:
             return ir.call(self._graph, target, args, kwargs, source="builder", **fields)
+
+    def inner(self) -> GraphBuilder:
+        """Return a builder for a cell of this graph: its inputs are called ``z0``, ``c0``, ..."""
+        builder = GraphBuilder(has_loss=False)
+        builder._mode, builder._sizes = self._mode, self._sizes
+        return builder
+
+    def cell(self, cell: fx.GraphModule) -> fx.Node:
+        """Add a node that stands for a graph made with :meth:`inner`."""
+        name = f"cell_{len(list(self._root.children()))}"
+        return cell_node(self._root, self._graph, name, cell, source="builder")
 
     def build(self, *outputs: fx.Node, facts: Sequence[str] = ()) -> fx.GraphModule:
         """Finish the graph; the first output is the loss."""
