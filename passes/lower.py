@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -115,5 +118,21 @@ def compile_body(body: fx.GraphModule) -> Any:
     for node in copy.graph.nodes:  # where standalone_compile looks for the shape environment
         node.meta["example_value"] = node.meta.get("val")
     inputs = [n.meta["val"] for n in copy.graph.nodes if n.op == "placeholder"]
-    with torch.no_grad(), inductor_config.patch(KEEP_ORDER):
+    with torch.no_grad(), inductor_config.patch(KEEP_ORDER), not_to_be_saved():
         return standalone_compile(copy, inputs, dynamic_shapes="from_graph")
+
+
+@contextmanager
+def not_to_be_saved() -> Iterator[None]:
+    """Hold back torch's warning that a body without kernels of its own cannot be saved."""
+    log = logging.getLogger("torch._inductor.standalone_compile")
+    log.addFilter(is_no_such_warning)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_no_such_warning)
+
+
+def is_no_such_warning(record: logging.LogRecord) -> bool:
+    """Whether a record says anything else."""
+    return "artifact generation failed" not in record.getMessage()
