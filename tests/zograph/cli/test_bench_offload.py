@@ -18,7 +18,7 @@ from tests.conftest import SPEC
 from zograph import device, kernels
 from zograph.cli import bench_offload, main
 from zograph.cli import bench_offload_child as child
-from zograph.cli.bench import make_batch
+from zograph.cli.batches import make_batch
 from zograph.cli.inputs import InputError
 from zograph.kernels.build import cache_dir
 
@@ -177,7 +177,7 @@ def test_a_budget_that_is_too_small(shape: Path, tmp_path: Path) -> None:
     assert "memory=9,000 bytes is too small" in found["infeasible"]
     runs = {"resident": run_of([[1.0, 2.0]]), "9kB": bench_offload.merged([found])}
     args = argparse.Namespace(memory=["9kB"], backend="eager")
-    (row,) = bench_offload.verdicts(args, {"runs": runs, "peers": {}})
+    (row,) = bench_offload.verdicts(args, "float32", {"runs": runs, "peers": {}})
     assert row["found"] == f"needs {found['minimum']:,} bytes"
     assert not row["met"]
 
@@ -228,7 +228,7 @@ def test_verdicts() -> None:
         "runs": {"resident": run_of(base), "minimum": run_of(base), "120B": run_of(other)},
     }
     args = argparse.Namespace(memory=["minimum", "120B"], backend="inductor")
-    rows = {(r["budget"], r["aim"]): r for r in bench_offload.verdicts(args, found)}
+    rows = {(r["budget"], r["aim"]): r for r in bench_offload.verdicts(args, "float32", found)}
     assert rows["minimum", "process peak <= 1.10 of the budget"]["found"] == "1.080"
     assert rows["120B", "process peak <= 1.10 of the budget"]["found"] == "0.900"
     assert rows["minimum", "step <= 1.10 of the bound"]["found"] == "0.952"
@@ -238,7 +238,7 @@ def test_verdicts() -> None:
     assert not rows["120B", "losses equal bit for bit"]["met"]
     found["runs"]["120B"]["plan"] = {"cut": 3, "device_bytes": 100}
     found["runs"]["120B"]["metered"] = {"total": 94}
-    rows = {(r["budget"], r["aim"]): r for r in bench_offload.verdicts(args, found)}
+    rows = {(r["budget"], r["aim"]): r for r in bench_offload.verdicts(args, "float32", found)}
     assert rows["120B", "losses equal within 1e-05 (other cut, Inductor)"]["met"]
     assert not rows["120B", "arena and activations within 5 % of the plan"]["met"]
     assert ("120B", "peak <= accelerate's") not in rows
