@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import sharing
 from zograph.device import DeviceSpec
 from zograph.options import pick_device
 
@@ -28,6 +29,19 @@ SPEC = DeviceSpec(
     write=1e9,
     disk_both=1.5e9,
 )
+CAPTURED_ONCE = (
+    "test_contract",
+    "test_elision",
+    "test_low_bit",
+    "test_meter",
+    "test_offload",
+    "test_offload_errors",
+    "test_offload_gpu",
+    "test_pieces",
+    "test_planner",
+    "test_replaying",
+)
+"""Files whose tests share captures: they are about what is made of one."""
 MEASURING = ("test_device", "test_doctor")
 """Files whose tests are about the measurement itself."""
 
@@ -50,6 +64,19 @@ def _known_machine() -> Iterator[None]:
 def _own_measurement(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.path.stem in MEASURING:
         monkeypatch.setattr(DeviceSpec, "measure", _MEASURE)
+
+
+@pytest.fixture(scope="session")
+def _captures() -> sharing.Known:
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _capture_once(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _captures: sharing.Known
+) -> None:
+    if request.path.stem in CAPTURED_ONCE:
+        monkeypatch.setattr("zograph.graphs.capture", sharing.shared(_captures))
 
 
 @pytest.fixture(autouse=True)
