@@ -1,6 +1,6 @@
 # Each target makes .venv and installs the pinned dependencies once; touch nothing to run again.
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed

@@ -240,7 +240,11 @@ def test_streaming_changes_no_bit(case: str) -> None:
 
 
 EVERYWHERE = [
-    pytest.param(name, dtype, case, id=f"{name}-{str(dtype).removeprefix('torch.')}-{case}")
+    pytest.param(
+        *(name, dtype, case),
+        id=f"{name}-{str(dtype).removeprefix('torch.')}-{case}",
+        marks=pytest.mark.xdist_group(f"{name}, {dtype}"),  # one resident run serves them all
+    )
     for name in MODELS
     for dtype in (torch.float32, torch.bfloat16)
     for case in (CASES if (name, dtype) == ("opt", torch.float32) else ("minimum, disk",))
