@@ -18,6 +18,7 @@ from zograph.ir import (
     getitem,
     info,
     meta,
+    module,
     output,
     placeholders,
     symbols,
@@ -150,6 +151,6 @@ def make_body(
         env[node].meta = dict(node.meta)
     out = graph.output(tuple(env[n] for n in outputs))
     out.meta = {"val": tuple(n.meta["val"] for n in outputs), KEY: meta(output(gm))}
-    body = fx.GraphModule(root, graph)
+    body = module(root, graph)
     body.meta[KEY] = info(gm)
     return body

@@ -22,9 +22,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
@@ -168,9 +169,17 @@ def info(gm: fx.GraphModule) -> GraphInfo:
     return record
 
 
+def module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Return a module of a graph, whose Python code is written when it is first called.
+
+    Passes rewrite a graph many times, and most are planned with and never called.
+    """
+    return _LazyGraphModule(root, graph)
+
+
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy a graph that has no stage bodies yet; fake values are shared, records are not."""
-    twin = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    twin = module(gm, copy.deepcopy(gm.graph))
     record = info(gm)
     twin.meta[KEY] = replace(
         record, params=dict(record.params), stages=dict(record.stages), keys=dict(record.keys)

@@ -14,7 +14,7 @@ from zograph.capture import capture
 from zograph.device import DeviceSpec
 from zograph.errors import CaptureError
 from zograph.formats import parse_transfer_dtype, with_format
-from zograph.ir import ParamInfo, clone, info
+from zograph.ir import ParamInfo, clone, info, module
 from zograph.layout import Layout, Tier
 from zograph.observers import Observers
 from zograph.options import parse_memory
@@ -189,7 +189,7 @@ def twin(gm: fx.GraphModule) -> fx.GraphModule:
     result = clone(gm)
     for name, body in gm.named_children():
         if isinstance(body, fx.GraphModule):
-            result.set_submodule(name, fx.GraphModule(body, copy.deepcopy(body.graph)))
+            result.set_submodule(name, module(body, copy.deepcopy(body.graph)))
     return result
 
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from zograph.device import DeviceSpec
 from zograph.errors import PlanError
-from zograph.ir import Kind, info, meta, output, placeholders
+from zograph.ir import Kind, info, meta, module, output, placeholders
 from zograph.layout import Layout, StageUse, Tier
 from zograph.meter import Cost, Sizes, measure, value_bytes
 from zograph.passes.materialize import split_pairs
@@ -320,7 +320,7 @@ def examine(gm: fx.GraphModule, frames: Sequence[Sizes], pair: int | None) -> tu
         if str(node.target) not in bodies:
             original = gm.get_submodule(str(node.target))
             assert isinstance(original, fx.GraphModule)
-            body = fx.GraphModule(original, copy.deepcopy(original.graph))
+            body = module(original, copy.deepcopy(original.graph))
             if pair is not None:
                 split_pairs(body, pair)
             bodies[str(node.target)] = [measure(body, sizes) for sizes in frames]
