@@ -1,4 +1,4 @@
-"""Anderson mixing of the zeroth-order trajectory, in the coordinates of shared seeded directions."""
+"""Anderson mixing of the zeroth-order trajectory, by the coordinates of its iterates."""
 
 from zograph.trajectory.options import Anderson
 
