@@ -32,7 +32,7 @@ def loss_fn(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def compiled(**options: Any) -> zograph.ZOStep:
-    given = {"loss_fn": loss_fn, "lr": 0.3, "backend": "eager", "device": "cpu"} | options
+    given = {"loss_fn": loss_fn, "lr": 0.1, "backend": "eager", "device": "cpu"} | options
     return zograph.compile(make_model(), **given)
 
 
