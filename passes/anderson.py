@@ -12,7 +12,7 @@ from torch import fx
 
 from zograph.errors import OptionError, PassError
 from zograph.fixed_points.nodes import anderson_solve, fixed_point, picard_solve
-from zograph.ir import call, info, meta
+from zograph.ir import Kind, annotate, call, info, meta, placeholders
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
 
 MODES = ("auto", "always", "off")
@@ -32,6 +32,10 @@ class Anderson(Pass):
     After::
 
         %anderson_solve: (f32[s0, 8], ...) = anderson_solve(%cell, (%z0,), (%w,), window=5, ...)
+
+    Where the context mixes the trajectory, the seed says so; a step's graph is the same otherwise::
+
+        %seed: i64[] = input  # mixing=16 directions x 8 steps, window 7
 
     A call that names its solver gets it. Where ``solver="auto"``, the mode says: ``always`` mixes,
     ``off`` iterates forward, ``auto`` does what the context's `solvers` has for this fixed point,
@@ -67,8 +71,10 @@ class Anderson(Pass):
             found[solver] += 1
         if found:
             gm.recompile()
-        notes = tuple(f"{n} solves by {solver}" for solver, n in sorted(found.items()))
-        return PassResult(gm, bool(found), notes)
+        notes = [f"{n} solves by {solver}" for solver, n in sorted(found.items())]
+        mixing = share_directions(gm, ctx)
+        notes += [f"the trajectory: {mixing}"] if mixing else []
+        return PassResult(gm, bool(found or mixing), tuple(notes))
 
     def solver_of(self, node: fx.Node, name: str, ctx: PassContext) -> str:
         """Return the solver of a fixed point."""
@@ -84,6 +90,19 @@ class Anderson(Pass):
                 f"must be one of {', '.join(SOLVES)}."
             )
         return decided
+
+
+def share_directions(gm: fx.GraphModule, ctx: PassContext) -> str:
+    """Say of the seed's input which steps share it; return that, empty if nothing changed."""
+    if ctx.mixing is None:
+        return ""
+    m = ctx.mixing
+    words = f"{m.directions} directions x {m.inner_steps} steps, window {m.window}"
+    for node in placeholders(gm, Kind.NOISE):
+        if meta(node).name == "seed" and meta(node).mixing != words:
+            annotate(node, mixing=words)
+            return words
+    return ""
 
 
 def fixed_points(gm: fx.GraphModule) -> dict[fx.Node, str]:

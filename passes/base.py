@@ -11,6 +11,7 @@ from torch import fx
 
 if TYPE_CHECKING:
     from zograph.layout import Layout
+    from zograph.trajectory.options import Anderson
 
 Numerics = Literal["bitwise", "reassociates", "changes"]
 
@@ -69,6 +70,8 @@ class PassContext:
         decided and recorded before.
     eps
         The perturbation, where it is known.
+    mixing
+        How the trajectory is mixed; None: it is not.
     lowered
         Compiled stage bodies by their form; `lower` adds to it and takes from it.
     """
@@ -83,6 +86,7 @@ class PassContext:
     layout: Layout | None = None
     solvers: Mapping[str, str] = field(default_factory=dict)
     eps: float | None = None
+    mixing: Anderson | None = None
     lowered: dict[Any, Any] = field(default_factory=dict)
 
 

@@ -13,10 +13,12 @@ from zograph.plans import Plan
 from zograph.records import Direction, StepRecord
 from zograph.replaying import replay
 from zograph.step import ZOStep
+from zograph.trajectory import Anderson
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Anderson",
     "DeviceSpec",
     "Direction",
     "Evaluation",

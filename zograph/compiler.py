@@ -20,6 +20,7 @@ from zograph.pipeline import Pipeline, default_passes
 from zograph.seedlog import read_log
 from zograph.seedlog.identity import option_of
 from zograph.step import ZOStep
+from zograph.trajectory.options import Anderson
 
 
 def compile(
@@ -40,6 +41,7 @@ def compile(
     method: Literal["zo-sgd"] = "zo-sgd",
     directions: int = 1,
     distribution: Literal["normal", "rademacher"] = "normal",
+    anderson: Anderson | None = None,
     passes: Pipeline | None = None,
     log: str | Path | None = None,
     fsync_every: int = 1,
@@ -102,6 +104,10 @@ def compile(
         ``"zo-sgd"``, averaging `directions` independent estimates a step.
     distribution
         Of z: ``"normal"`` or ``"rademacher"``.
+    anderson
+        Mix the trajectory by cycles of steps that share their seeded directions; see
+        :class:`zograph.Anderson`. `directions` is then what it says. It needs `lr` as plain ZO-SGD
+        with as many directions does; on a GPU each step waits for its losses.
     passes
         The pipeline; ``zograph.default_passes()`` with passes of your own inserted.
     log
@@ -204,6 +210,8 @@ def make_options(
     memory: int | float | str | None,
     log: str | Path | None,
     transfer_dtype: torch.dtype | str | None,
+    directions: int,
+    anderson: Anderson | None,
     **rest: Any,
 ) -> Options:
     """Turn what a user writes into options.
@@ -215,6 +223,8 @@ def make_options(
     """
     one_of("backend", backend, BACKENDS)
     chosen = pick_device(device)
+    if directions == 1 and isinstance(anderson, Anderson):
+        directions = anderson.directions
     return Options(
         device=chosen,
         passes=default_passes() if passes is None else passes,
@@ -222,6 +232,8 @@ def make_options(
         memory=parse_memory(memory, device_memory(chosen)),
         log=None if log is None else Path(log).expanduser(),
         transfer_dtype=parse_transfer_dtype(transfer_dtype, chosen),
+        directions=directions,
+        anderson=anderson,
         **rest,
     )
 

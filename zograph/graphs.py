@@ -221,6 +221,7 @@ class Graphs:
             period,
             rounding=o.rounding,
             eps=o.eps,
+            mixing=o.anderson,
             by_rows=self.by_rows,
             **more,
         )

@@ -71,6 +71,8 @@ class NodeMeta:
     branch: Branch | None = None
     hoisted: bool = False
     """The value depends on no trainable parameter: both branches share it."""
+    mixing: str = ""
+    """Of the seed: which steps share it, and how their iterates are mixed."""
     source: str = ""
     """Provenance: `pass<origin`, for example ``dual_perturbation<linear_3``."""
 

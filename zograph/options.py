@@ -16,6 +16,7 @@ from zograph.errors import OptionError, PipelineError
 from zograph.formats import ROUNDINGS
 from zograph.noise import DISTRIBUTIONS
 from zograph.pipeline import Pipeline
+from zograph.trajectory.options import Anderson
 
 METHODS = ("zo-sgd",)
 BACKENDS = ("inductor", "eager")
@@ -53,6 +54,8 @@ class Options:
     """What weights of two or more dimensions are stored and moved in; None: their own dtype."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """How weights are rounded to `transfer_dtype` at their fold points."""
+    anderson: Anderson | None = None
+    """How the trajectory is mixed; None: it is not."""
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
@@ -70,6 +73,8 @@ class Options:
             raise OptionError(f"weight_decay is {self.weight_decay}; it must not be negative.")
         if self.directions < 1:
             raise OptionError(f"directions is {self.directions}; it must be at least 1.")
+        if self.anderson is not None:
+            check_mixing(self.anderson, self.directions, self.weight_decay)
         if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
             raise OptionError(f"compute_dtype is {self.compute_dtype}; it must be floating.")
         if not isinstance(self.passes, Pipeline):
@@ -93,6 +98,22 @@ class Options:
             raise OptionError(
                 f"storage={self.storage!r} is unknown; use 'host', 'disk' or a folder's path."
             )
+
+
+def check_mixing(anderson: object, directions: int, weight_decay: float) -> None:
+    """Refuse a mixed trajectory beside options that it cannot have."""
+    if not isinstance(anderson, Anderson):
+        raise OptionError(f"anderson is {anderson!r}; pass zograph.Anderson(...) or None.")
+    if directions != anderson.directions:
+        raise OptionError(
+            f"directions is {directions}, and anderson shares {anderson.directions}: leave "
+            f"directions out, or give the same."
+        )
+    if weight_decay:
+        raise OptionError(
+            f"weight_decay is {weight_decay}, and a decay inside a cycle would move its origin: "
+            f"use one of weight_decay and anderson."
+        )
 
 
 def one_of(option: str, value: object, known: tuple[str, ...]) -> None:

@@ -248,6 +248,7 @@ class Printer:
         words = [] if record.stage is None else [f"stage={record.stage}"]
         words += [] if record.branch is None else [f"branch={record.branch}"]
         words += ["hoisted"] if record.hoisted else []
+        words += [f"mixing={record.mixing}"] if record.mixing else []
         words += [f"from={record.source}"] if self._provenance and record.source else []
         return " ".join(words)
 

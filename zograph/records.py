@@ -67,6 +67,8 @@ class Outcome:
     ) -> None:
         self.step, self.seeds, self.losses = step, tuple(seeds), losses
         self.lr, self.eps, self.decay = lr, eps, decay
+        self.moved: Sequence[float] | None = None
+        """Coefficients that others have decided; None: those of plain ZO-SGD."""
         self.finite = losses.isfinite().all()
         self._host, self._event = losses, None
         if losses.device.type == "cuda":
@@ -109,6 +111,8 @@ class Outcome:
         """Return coefficients and scales: the same bits on every device."""
         coefs = _divided(-self.lr * self._grads(losses.double()), len(self.seeds)).float()
         scales = torch.ones_like(coefs)
+        if self.moved is not None:
+            return torch.tensor(self.moved, dtype=coefs.dtype, device=coefs.device), scales
         scales[:1].fill_(1 - self.lr * self.decay)  # to set one element waits for a GPU
         return coefs, scales
 

@@ -17,7 +17,6 @@ from zograph.export import LazyStateDict, save_pretrained, save_streamed
 from zograph.graphs import Captured, Compiled, Graphs
 from zograph.history import Terms
 from zograph.ir import info
-from zograph.noise import derive_seed
 from zograph.options import Options, check_lr
 from zograph.plans import Plan, plan_of
 from zograph.records import Outcome, StepRecord
@@ -25,6 +24,8 @@ from zograph.runtime import Frame, Runner
 from zograph.schedule import Schedule
 from zograph.seedlog import LogFile
 from zograph.starting import open_run
+from zograph.trajectory.control import State
+from zograph.trajectory.path import Trajectory
 
 
 class ZOStep:
@@ -46,6 +47,7 @@ class ZOStep:
         self._unchecked: list[Outcome] = []
         self._lr = check_lr(lr)
         warn_of_eval_mode(model)
+        self._trajectory = Trajectory(options, logged)
         self._weights, self._log = open_run(model, self._lr, options, logged)
         self._steps = self._weights.history.newest
         self._outcome = logged.last() if logged else None
@@ -76,6 +78,11 @@ class ZOStep:
     def fold_every(self) -> int | None:
         """Steps from one write of a streamed weight to the next; None: not decided yet."""
         return self._weights.history.every if self._graphs.decided else None
+
+    @property
+    def mixing(self) -> State | None:
+        """What the gate of `anderson` has decided so far; None without that option."""
+        return None if self.options.anderson is None else self._trajectory.state
 
     @property
     def graph(self) -> fx.GraphModule:
@@ -186,9 +193,7 @@ class ZOStep:
         for one in batches:
             groups.setdefault(self._graphs.training(one), []).append(one)
         served = [self._serve(captured, group) for captured, group in groups.items()]
-        seeds = [
-            derive_seed(self.options.seed, self._steps, i) for i in range(self.options.directions)
-        ]
+        seeds = self._trajectory.seeds(self._steps)
         losses = self._measure(served, seeds)
         return self._finish(seeds, losses)
 
@@ -244,8 +249,10 @@ class ZOStep:
             self._unchecked.append(found)
         elif o.on_nan == "raise":
             found.check()
+        mixing = self._trajectory.follow(found)
         if self._log is not None:
             self._log.add(found)
+        self._trajectory.state = mixing
         skipped = not found.lazy and found.record.skipped
         self._weights.owe(Terms.of(()) if skipped else found.terms())
         self._outcome = found

@@ -27,6 +27,7 @@ from zograph.testing import (
     random_inputs,
     run_graph,
 )
+from zograph.trajectory import Anderson as TrajectoryMixing
 from zograph.verifier import Verifier
 
 aten = torch.ops.aten
@@ -213,3 +214,16 @@ def test_the_verifier_looks_into_cells() -> None:
         VerifyError, match="the rule 'functional' at %tanh_ in a stage body or cell"
     ):
         Verifier().check(gm, after="anderson")
+
+
+def test_golden_of_a_mixed_trajectory(golden: Golden) -> None:
+    gm = ready_for("anderson", two_blocks())
+    before = printer.text(gm)
+    ctx = PassContext(mixing=TrajectoryMixing(directions=8, inner_steps=6, window=5))
+    result = Anderson().apply(gm, ctx)
+    assert result.modified
+    assert result.notes == ("the trajectory: 8 directions x 6 steps, window 5",)
+    golden.check(gm, "anderson_trajectory")
+    assert not Anderson().apply(gm, ctx).modified
+    changed = set(printer.text(gm).splitlines()) ^ set(before.splitlines())
+    assert len(changed) == 2  # the line of the seed

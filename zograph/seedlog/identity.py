@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from zograph.stores.base import padded, page_aligned
 from zograph.stores.extents import fingerprint
 from zograph.stores.files import bytes_of
 from zograph.stores.source import TensorSource, source_of
+from zograph.trajectory.options import Anderson
 
 NUMERIC = (
     "eps",
@@ -31,9 +33,10 @@ NUMERIC = (
     "fold_every",
     "transfer_dtype",
     "rounding",
+    "anderson",
 )
 """The options that change what a step computes."""
-YOUNGER = {"transfer_dtype": None, "rounding": "nearest"}
+YOUNGER = {"transfer_dtype": None, "rounding": "nearest", "anderson": None}
 """Options that older logs do not name, and what they were then."""
 
 
@@ -102,11 +105,15 @@ def base_digest(model: nn.Module, table: Mapping[str, ParamInfo]) -> str:
 
 def plain(value: Any) -> Any:
     """Return an option as JSON has it."""
+    if isinstance(value, Anderson):
+        return asdict(value)
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def option_of(name: str, value: Any) -> Any:
     """Return an option from what JSON has of it."""
+    if name == "anderson":
+        return None if value is None else Anderson(**value)
     return getattr(torch, value) if name.endswith("_dtype") and value is not None else value
 
 

@@ -124,6 +124,7 @@ class Reader:
             if name in TERMS and size == "0":
                 return Origin()  # all terms are folded
             name = "pending terms" if name in TERMS else name
+            name = f"{name}: {record.mixing}" if record.mixing else name
             return Origin(noise=f"{name} [{size}]" if size else name)
         kind: ItemKind = "stored" if record.kind in (Kind.BUFFER, Kind.CONSTANT) else "input"
         name = re.sub(r"^\['([^']*)'\]", r"\1", name)

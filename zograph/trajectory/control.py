@@ -1,0 +1,159 @@
+"""What a step of a mixed trajectory does: a pure function of the losses measured so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from zograph.trajectory.mixing import dot, mix, plus
+from zograph.trajectory.options import Anderson
+
+FIRST, LONGEST = 16, 2048
+"""Plain steps behind the first cycle that fails, and at most."""
+
+Point = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands between two steps: what its log says, and nothing else."""
+
+    step: int = 0
+    """Steps so far."""
+    start: int = 0
+    """The step that the cycle under way began with."""
+    points: tuple[Point, ...] = ()
+    """Coordinates of its iterates; the next step measures at the last one."""
+    grads: tuple[Point, ...] = ()
+    """Projected gradients at them, the last one's not measured yet."""
+    losses: tuple[float, ...] = ()
+    left: int = 0
+    """Plain steps to go before the next cycle."""
+    pause: int = FIRST
+    """Plain steps behind the next cycle that fails."""
+    cycles: int = 0
+    mixed: int = 0
+    """Steps that were mixed."""
+    rejected: int = 0
+    """Cycles ended by a loss that did not support them."""
+    closed: int = 0
+    """Cycles ended because the losses were too noisy."""
+    slow: int = 0
+    """Cycles that gained less than plain steps promise."""
+
+    @property
+    def seed_step(self) -> int:
+        """The step whose seeds the next step uses."""
+        return self.start if self.points else self.step
+
+
+def advance(
+    state: State, options: Anderson, losses: Sequence[Sequence[float]], *, lr: float, eps: float
+) -> tuple[State, list[float] | None]:
+    """Take in what a step measured.
+
+    Parameters
+    ----------
+    losses
+        loss+ and loss- of every direction; if one is not finite, nothing moves.
+
+    Returns
+    -------
+    state
+        For the next step.
+    coefs
+        What the weights move by along each direction, exact in float32; None: what a plain step
+        moves them by.
+    """
+    q, behind = options.directions, replace(state, step=state.step + 1)
+    if not np.isfinite(losses).all():
+        return _leave(behind) if state.points else (behind, None)
+    if state.left:
+        return replace(behind, left=state.left - 1), None
+    if not options.gate:
+        return behind, None
+    grad = tuple((plus_ - minus) / (2 * eps) for plus_, minus in losses)
+    loss = sum(plus_ + minus for plus_, minus in losses) / (2 * q)
+    if not state.points:
+        state = replace(state, start=state.step, points=((0.0,) * q,), cycles=state.cycles + 1)
+    points, grads = state.points, (*state.grads, grad)
+    values = (*state.losses, loss)
+    rate, last = lr / q, len(points) - 1
+    plain = plus(points[last], -rate, grad)
+    behind = replace(
+        behind, start=state.start, points=points, grads=grads, losses=values, cycles=state.cycles
+    )
+    if last == 0:
+        return _go(behind, plain, None)
+    noise = noise_ratio(points, grads, values)
+    if noise > options.gate:
+        behind = replace(behind, closed=state.closed + 1)
+        return _leave(behind)
+    best = values.index(min(values))
+    if best != last:
+        back = plus(points[best], -rate / 2, grads[best])
+        coefs = _rounded(plus(back, -1.0, points[last]))
+        return _leave(replace(behind, rejected=state.rejected + 1))[0], coefs
+    first = max(0, last - options.window)
+    found = mix(
+        points[first:],
+        grads[first:],
+        last - first,
+        rate=rate,
+        ridge=options.ridge + noise,
+        damping=options.damping / (1 + noise),
+    )
+    target = plain if found is None else found
+    behind = replace(behind, mixed=state.mixed + (found is not None))
+    coefs = _rounded(plus(target, -1.0, points[last]))
+    if last + 1 < options.inner_steps:
+        return _go(behind, None, coefs)
+    if values[0] - loss < promised(points, grads, rate, last):
+        return _leave(replace(behind, slow=state.slow + 1))[0], coefs
+    return replace(behind, points=(), grads=(), losses=(), pause=FIRST), coefs
+
+
+def _go(
+    state: State, point: list[float] | None, coefs: list[float] | None
+) -> tuple[State, list[float] | None]:
+    """Go on with a cycle at another point."""
+    here = state.points[-1]
+    if coefs is None:
+        assert point is not None
+        coefs = _rounded(plus(point, -1.0, here))
+    return replace(state, points=(*state.points, tuple(plus(here, 1.0, coefs)))), coefs
+
+
+def _leave(state: State) -> tuple[State, None]:
+    """End a cycle that failed; the next one waits twice as long."""
+    left, pause = state.pause, min(2 * state.pause, LONGEST)
+    return replace(state, points=(), grads=(), losses=(), left=left, pause=pause), None
+
+
+def noise_ratio(points: Sequence[Point], grads: Sequence[Point], losses: Sequence[float]) -> float:
+    """Return the noise of a cycle's losses as a share of what they changed by, squared.
+
+    The mean of the gradients at two points tells the loss between them exactly where it is
+    quadratic; what a measured difference has beside that is noise.
+    """
+    noise = signal = 0.0
+    for k in range(1, len(losses)):
+        mean = [(a + b) / 2 for a, b in zip(grads[k - 1], grads[k], strict=True)]
+        told = dot(mean, plus(points[k], -1.0, points[k - 1]))
+        noise += (losses[k] - losses[k - 1] - told) ** 2
+        signal += told**2
+    return noise / signal if signal else float("inf")
+
+
+def promised(points: Sequence[Point], grads: Sequence[Point], rate: float, steps: int) -> float:
+    """Return what plain steps would gain: by the slope at the first point, less the curvature."""
+    move = plus(points[1], -1.0, points[0])
+    bend = dot(plus(grads[1], -1.0, grads[0]), move) / (dot(move, move) or 1.0)
+    return steps * rate * dot(grads[0], grads[0]) * min(1.0, max(0.5, 1 - rate * bend / 2))
+
+
+def _rounded(coefs: Sequence[float]) -> list[float]:
+    """Return what float32 makes of coefficients: what is applied and logged."""
+    return [float(np.float32(c)) for c in coefs]
