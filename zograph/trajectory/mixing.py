@@ -6,12 +6,15 @@ machine: a resume computes again what a log has led to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 Vector = Sequence[float]
 
-DEPENDENT = 1e-6
+DEPENDENT = 1e-4
 """A displacement that keeps less of its length beside the others says nothing new."""
+SINGULAR = 1e-9
+"""An unknown whose pivot is a smaller share of its diagonal is left out."""
 
 
 def dot(a: Vector, b: Vector) -> float:
@@ -59,7 +62,10 @@ def basis(
 
 
 def solve(system: Sequence[Vector], right: Vector) -> list[float] | None:
-    """Solve a symmetric system by Cholesky; None if it is not positive definite."""
+    """Solve a symmetric system by Cholesky, without the unknowns that make it not positive.
+
+    These are 0 in the result; None if all are.
+    """
     n = len(right)
     low = [[0.0] * n for _ in range(n)]
     for i in range(n):
@@ -67,10 +73,10 @@ def solve(system: Sequence[Vector], right: Vector) -> list[float] | None:
             left = system[i][j] - dot(low[i][:j], low[j][:j])
             if i != j:
                 low[i][j] = left / low[j][j]
-            elif left > 0:
-                low[i][i] = left**0.5
             else:
-                return None
+                low[i][i] = left**0.5 if left > SINGULAR * abs(system[i][i]) else math.inf
+    if all(math.isinf(low[i][i]) for i in range(n)):
+        return None
     y: list[float] = []
     for i in range(n):
         y.append((right[i] - dot(low[i][:i], y)) / low[i][i])
@@ -130,4 +136,4 @@ def mix(
     point, rest = list(points[at]), list(grads[at])
     for s, unit, image in zip(share, units, images, strict=True):
         point, rest = plus(point, -damping * s, unit), plus(rest, -damping * s, image)
-    return plus(point, -min(rate, 1 / trace), rest)
+    return plus(point, -min(rate, 1 / trace) if trace > 0 else -rate, rest)
