@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -13,6 +13,12 @@ from zograph.ir import call, getitem, meta
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
 
 aten, zo = torch.ops.aten, torch.ops.zograph
+
+SINGLE: dict[Any, Any] = {
+    zo.materialize.default: zo.materialize_one.default,
+    zo.materialize_rows.default: zo.materialize_rows_one.default,
+}
+"""What makes one copy instead of two."""
 
 
 @dataclass(frozen=True)
@@ -87,23 +93,14 @@ def split_pairs(gm: fx.GraphModule, limit: int) -> int:
 
     The inverse of :func:`merge_pairs`: half the scratch memory, more noise, the same bits.
     """
-    single = {
-        zo.materialize.default: zo.materialize_one.default,
-        zo.materialize_rows.default: zo.materialize_rows_one.default,
-    }
     found = 0
-    for node in list(gm.graph.nodes):
-        if node.target not in single:
-            continue
-        halves = [u for u in node.users if u.target is operator.getitem]
-        if not any(copy_bytes(h) > limit for h in halves):
-            continue
-        for half in halves:
+    for node in beyond(gm, limit):
+        for half in halves_of(node):
             with gm.graph.inserting_before(first_user(half)):
                 sign = 1 if half.args[1] == 0 else -1
                 one = call(
                     gm.graph,
-                    single[node.target],
+                    SINGLE[node.target],
                     (*node.args, sign),
                     source=f"materialize<{node.name}",
                     like=half,
@@ -115,6 +112,17 @@ def split_pairs(gm: fx.GraphModule, limit: int) -> int:
     if found:
         gm.recompile()
     return found
+
+
+def beyond(gm: fx.GraphModule, limit: int) -> list[fx.Node]:
+    """List the calls that make two copies, one of which takes more than `limit` bytes."""
+    pairs = [n for n in gm.graph.nodes if n.target in SINGLE]
+    return [n for n in pairs if any(copy_bytes(h) > limit for h in halves_of(n))]
+
+
+def halves_of(node: fx.Node) -> list[fx.Node]:
+    """Return the copies that a call makes."""
+    return [u for u in node.users if u.target is operator.getitem]
 
 
 def copy_bytes(node: fx.Node) -> int:

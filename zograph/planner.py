@@ -6,22 +6,20 @@ The cut is chosen by bytes alone, never by time: with Inductor it has a say in b
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from zograph.costs import Costs
 from zograph.device import DeviceSpec
 from zograph.errors import PlanError
-from zograph.ir import Kind, info, meta, module, output, placeholders
+from zograph.ir import Kind, info, meta, output, placeholders
 from zograph.layout import Layout, StageUse, Tier
-from zograph.meter import Cost, Sizes, measure, value_bytes
-from zograph.passes.materialize import split_pairs
-from zograph.passes.partition import body_form
+from zograph.meter import Cost, Sizes, value_bytes
 from zograph.schedule.memory import aligned
 from zograph.stores.base import padded
 
@@ -130,10 +128,6 @@ class Candidate:
         return self.activations() + min(self.overlapped(), self.total()) <= budget
 
 
-Costs = dict[tuple[Any, int | None], list[Cost]]
-"""By the form of a body, and the largest pair of copies that it may make: its cost at each size."""
-
-
 class Ways:
     """The candidates of one graph at given sizes: found when asked for, then kept.
 
@@ -151,13 +145,13 @@ class Ways:
         self, outlined: Callable[[int | None], fx.GraphModule], frames: tuple[Sizes, ...]
     ) -> None:
         self.outlined, self.frames = outlined, frames
+        self._costs = Costs(frames)
         self._found: dict[int | None, tuple[Candidate, ...]] = {}
-        self._costs: Costs = {}
 
     def at(self, cut: int | None) -> tuple[Candidate, ...]:
         """Return the candidates of a cut, from all pairs of copies to one copy at a time."""
         if cut not in self._found:
-            self._found[cut] = tuple(candidates(self.outlined(cut), cut, self.frames, self._costs))
+            self._found[cut] = tuple(candidates(self.outlined(cut), cut, self._costs))
         return self._found[cut]
 
     def cuts(self) -> list[int | None]:
@@ -200,15 +194,13 @@ def chosen(ways: Ways, request: Request) -> Layout:
     raise PlanError(explain(found, budget, minimum), minimum)
 
 
-def candidates(
-    gm: fx.GraphModule, cut: int | None, frames: tuple[Sizes, ...], known: Costs
-) -> Iterator[Candidate]:
+def candidates(gm: fx.GraphModule, cut: int | None, costs: Costs) -> Iterator[Candidate]:
     """Yield the ways to make perturbed copies, from all pairs to one copy at a time."""
-    uses, fixed = examine(gm, frames, None, known), fixed_bytes(gm, frames)
+    uses, fixed = examine(gm, costs, None), fixed_bytes(gm, costs.frames)
     yield Candidate(gm, cut, None, uses, fixed)
     copies = sorted({n for u in uses for n in u.cost.copies})
     for pair in sorted({copies[-1] - 1, 0}, reverse=True) if copies else ():
-        yield Candidate(gm, cut, pair, examine(gm, frames, pair, known), fixed)
+        yield Candidate(gm, cut, pair, examine(gm, costs, pair), fixed)
 
 
 def finer_cuts(gm: fx.GraphModule) -> list[int]:
@@ -319,31 +311,23 @@ def weights_of(node: fx.Node) -> list[str]:
     return [str(meta(s).name) for s in node.all_input_nodes if meta(s).kind == Kind.PARAMETER]
 
 
-def examine(
-    gm: fx.GraphModule, frames: Sequence[Sizes], pair: int | None, known: Costs
-) -> tuple[StageUse, ...]:
-    """Measure every stage of an outlined graph at the given sizes, on fake tensors.
-
-    Parameters
-    ----------
-    known
-        What other cuts have measured at these sizes; a body that is there is not measured again.
-    """
+def examine(gm: fx.GraphModule, costs: Costs, pair: int | None) -> tuple[StageUse, ...]:
+    """Measure every stage of an outlined graph at the given sizes, on fake tensors."""
     bodies: dict[str, list[Cost]] = {}
     for node in stage_nodes(gm):
         if str(node.target) not in bodies:
             body = gm.get_submodule(str(node.target))
             assert isinstance(body, fx.GraphModule)
-            bodies[str(node.target)] = costs_of(body, frames, pair, known)
-    alive = live_values(gm, frames)
+            bodies[str(node.target)] = costs.of(body, pair)
+    alive = live_values(gm, costs.frames)
     uses = []
     for node in stage_nodes(gm):
-        costs = bodies[str(node.target)]
-        results = [c.result_bytes for c in costs]
+        found = bodies[str(node.target)]
+        results = [c.result_bytes for c in found]
         cost = replace(
-            max(costs, key=lambda c: c.peak_bytes),
-            work=tuple(w for c in costs for w in c.work),
-            noise=sum(c.noise for c in costs),
+            max(found, key=lambda c: c.peak_bytes),
+            work=tuple(w for c in found for w in c.work),
+            noise=sum(c.noise for c in found),
         )
         live = alive[node] + sum(results) - min(results)
         target, weights = str(node.target), tuple(weights_of(node))
@@ -351,20 +335,6 @@ def examine(
     unused = unused_weights(gm)
     first = max((u.stage for u in uses), default=0) + 1
     return (*uses, *(StageUse(first + i, None, (n,), 0, Cost()) for i, n in enumerate(unused)))
-
-
-def costs_of(
-    body: fx.GraphModule, frames: Sequence[Sizes], pair: int | None, known: Costs
-) -> list[Cost]:
-    """Return a stage body's cost at every size, its larger pairs of copies split."""
-    form = body_form(body)
-    if (form, pair) not in known:
-        twin = module(body, copy.deepcopy(body.graph))
-        if pair is not None and not split_pairs(twin, pair):
-            known[form, pair] = costs_of(body, frames, None, known)
-        else:
-            known[form, pair] = [measure(twin, sizes) for sizes in frames]
-    return known[form, pair]
 
 
 def unused_weights(gm: fx.GraphModule) -> list[str]:
