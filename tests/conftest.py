@@ -37,7 +37,6 @@ CAPTURED_ONCE = (
     "test_offload",
     "test_offload_errors",
     "test_offload_gpu",
-    "test_pieces",
     "test_planner",
     "test_replaying",
 )

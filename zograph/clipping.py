@@ -30,10 +30,11 @@ class Clipped:
         ModelError
             If the weight has NaNs; on a GPU :meth:`check` raises it.
         """
+        if counts.device.type == "cpu":
+            self._count(name, counts)
+            return
         before = self._open.get(name)
         self._open[name] = counts if before is None else before + counts
-        if counts.device.type == "cpu":
-            self._count()
 
     def check(self, *, wait: bool = False) -> None:
         """Warn, once in a run, if elements were clipped.
@@ -48,8 +49,8 @@ class Clipped:
         ModelError
             If a weight has NaNs.
         """
-        if wait:
-            self._count()
+        while wait and self._open:
+            self._count(*self._open.popitem())
         if self._said or not self.counts:
             return
         self._said = True
@@ -61,14 +62,12 @@ class Clipped:
             stacklevel=3,
         )
 
-    def _count(self) -> None:
-        while self._open:
-            name, counts = self._open.popitem()
-            clipped, nan = counts.tolist()
-            if nan:
-                raise ModelError(
-                    f"parameter {name!r} has {nan} elements that are NaN; transfer_dtype stores "
-                    f"numbers only. Repair the model, or leave transfer_dtype out."
-                )
-            if clipped:
-                self.counts[name] = self.counts.get(name, 0) + clipped
+    def _count(self, name: str, counts: Tensor) -> None:
+        clipped, nan = counts.tolist()
+        if nan:
+            raise ModelError(
+                f"parameter {name!r} has {nan} elements that are NaN; transfer_dtype stores "
+                f"numbers only. Repair the model, or leave transfer_dtype out."
+            )
+        if clipped:
+            self.counts[name] = self.counts.get(name, 0) + clipped

@@ -10,6 +10,7 @@ import torch
 import zograph
 from tests.reference import Reference
 from tests.zoo import TIES, ZOO, batch, build, loss_fn
+from zograph.noise import derive_seed
 
 SHAPES = [(4, 16), (2, 9), (3, 16)]
 ONE_ROW = (1, 12)  # a graph of its own: export fixes sizes of 1
@@ -87,7 +88,7 @@ def test_on_a_gpu(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that perturbs with another seed than it records is noticed."""
-    honest = zograph.step.derive_seed
+    honest = derive_seed
     monkeypatch.setattr(
         Reference, "noise", lambda self, n, s: zograph.noise(n, self.trainable[n].shape, s + 1)
     )
