@@ -62,3 +62,12 @@ def check_keys(function: Callable[..., Any], batch: Mapping[str, Any], skip: int
         required = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         if required and p.name not in batch:
             raise BatchError(f"the batch lacks {p.name!r}, which {where} needs.")
+
+
+def fits(function: Callable[..., Any], batch: Mapping[str, Any]) -> bool:
+    """Whether ``function(model, **batch)`` has all its arguments."""
+    try:
+        inspect.signature(function).bind(None, **batch)
+    except TypeError:
+        return False
+    return True

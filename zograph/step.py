@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from zograph.graphs import Captured, Compiled, Graphs
 from zograph.history import Terms
 from zograph.ir import info
 from zograph.options import Options, check_lr
+from zograph.parameters import fits
 from zograph.plans import Plan, plan_of
 from zograph.records import Outcome, StepRecord
 from zograph.runtime import Frame, Runner
@@ -372,15 +372,6 @@ class ZOStep:
         from zograph import viz  # graphviz is wanted here alone
 
         return viz.draw(self.graph, path, fold=fold)
-
-
-def fits(function: Callable[..., Any], batch: Mapping[str, Any]) -> bool:
-    """Whether ``function(model, **batch)`` has all its arguments."""
-    try:
-        inspect.signature(function).bind(None, **batch)
-    except TypeError:
-        return False
-    return True
 
 
 def warn_of_eval_mode(model: nn.Module) -> None:

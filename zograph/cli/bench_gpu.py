@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import time
 import warnings
 import zlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +21,14 @@ from torch import nn
 import zograph
 from zograph.cli import shapes
 from zograph.cli.batches import make_batch
-from zograph.cli.inputs import InputError, integer
+from zograph.cli.gpu import add_options, timed
+from zograph.cli.inputs import InputError
 from zograph.cli.output import check_file
 from zograph.device import DeviceSpec
 from zograph.step import ZOStep
 
 SHALLOW = (1, 3)
 """Layers of the models that stay on the GPU."""
-WARM_UP = 2
 
 
 def add_parser(kinds: Any) -> None:
@@ -43,17 +41,9 @@ def add_parser(kinds: Any) -> None:
         "ones that stay on the GPU, for the time that their compute takes.",
     )
     parser.set_defaults(run=run)
-    add = parser.add_argument
-    sizes = [name for name in shapes.names() if name.startswith("opt-")]
-    add("--shape", choices=sizes, default="opt-175b", metavar="SIZE", help="a size of OPT")
-    add("--layers", type=integer(1), default=8, metavar="N")
-    add("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    add("--memory", default="9GB", metavar="BUDGET", help="bytes, such as 9GB, or minimum")
-    add("--batch", type=integer(1), default=1, metavar="B", help="rows")
-    add("--seq", type=integer(2), default=2048, metavar="S", help="tokens a row")
-    add("--repeats", type=integer(1), default=5, metavar="N", help="timed steps")
-    add("--backend", choices=("inductor", "eager"), default="inductor")
-    add("--json", type=Path, metavar="FILE", help="write all numbers here")
+    add_options(parser)
+    budget = "bytes, such as 9GB, or minimum"
+    parser.add_argument("--memory", default="9GB", metavar="BUDGET", help=budget)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,15 +99,7 @@ def measured(args: argparse.Namespace, layers: int, memory: str | None) -> dict[
 
 def take(step: ZOStep, batch: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Warm up, time steps one by one, and count the host's waits in one more step."""
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    losses, seconds = [], []
-    for _ in range(WARM_UP + repeats):
-        start = time.perf_counter()
-        loss = step(**batch)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        losses.append(float(loss))
+    found = timed(lambda: step(**batch), batch["input_ids"].numel(), repeats)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as waits:
@@ -126,16 +108,7 @@ def take(step: ZOStep, batch: dict[str, Any], repeats: int) -> dict[str, Any]:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    return {
-        "losses": losses,
-        "seconds": seconds,
-        "median": statistics.median(seconds[WARM_UP:]),
-        "tokens_per_second": batch["input_ids"].numel() / statistics.median(seconds[WARM_UP:]),
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
-        "held_bytes": held,
-        "waits": [str(w.message).splitlines()[0] for w in waits],
-    }
+    return found | {"waits": [str(w.message).splitlines()[0] for w in waits]}
 
 
 def random_model(config: Any, dtype: torch.dtype) -> nn.Module:

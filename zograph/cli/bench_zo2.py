@@ -12,10 +12,8 @@ import contextlib
 import importlib
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,11 +25,11 @@ from torch import nn
 
 import zograph
 from zograph.cli import shapes
-from zograph.cli.inputs import InputError, integer
+from zograph.cli.gpu import add_options, timed
+from zograph.cli.inputs import InputError
 from zograph.cli.output import check_file
 
 EPS, LR, DECAY = 1e-3, 1e-7, 0.1
-WARM_UP = 2
 PART = 1 << 27
 """Elements that are drawn at a time."""
 PIN_FAST = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
@@ -47,18 +45,11 @@ def add_parser(kinds: Any) -> None:
         "plain form of the same model with the same weights and tokens.",
     )
     parser.set_defaults(run=run)
-    add = parser.add_argument
-    add("clone", type=Path, metavar="CLONE", help="of github.com/liangyuwang/zo2")
-    sizes = [name for name in shapes.names() if name.startswith("opt-")]
-    add("--shape", choices=sizes, default="opt-175b", metavar="SIZE", help="whose width and heads")
-    add("--layers", type=integer(1), default=8, metavar="N")
-    add("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    add("--memory", nargs="+", default=["9GB", "minimum"], metavar="BUDGET", help="of zograph")
-    add("--batch", type=integer(1), default=1, metavar="B", help="rows")
-    add("--seq", type=integer(2), default=2048, metavar="S", help="tokens a row")
-    add("--repeats", type=integer(1), default=5, metavar="N", help="timed steps")
-    add("--backend", choices=("inductor", "eager"), default="inductor")
-    add("--json", type=Path, metavar="FILE", help="write all numbers here")
+    parser.add_argument("clone", type=Path, metavar="CLONE", help="of github.com/liangyuwang/zo2")
+    add_options(parser)
+    parser.add_argument(
+        "--memory", nargs="+", default=["9GB", "minimum"], metavar="BUDGET", help="of zograph"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -220,30 +211,6 @@ def fill(model: nn.Module, request: dict[str, Any]) -> None:
             part.copy_(made.normal_(0.0, 0.02, generator=generator))
 
 
-def timed(step: Callable[[], Any], request: dict[str, Any]) -> dict[str, Any]:
-    """Warm up, then time steps one by one, each until the device is done."""
-    torch.cuda.reset_peak_memory_stats()
-    seconds, losses = [], []
-    for _ in range(WARM_UP + request["repeats"]):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        loss = step()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        losses.append(float(loss))
-    median = statistics.median(seconds[WARM_UP:])
-    return {
-        "seconds": seconds,
-        "losses": losses,
-        "median": median,
-        "tokens_per_second": request["batch"] * request["seq"] / median,
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-    }
-
-
 def main() -> None:
     """Carry out the request in the first argument."""
     request = json.loads(sys.argv[1])
@@ -253,7 +220,10 @@ def main() -> None:
     sys.modules["zo2"] = package
     model_part = importlib.import_module("zo2.model.nanogpt.model")
     system = of_zo2 if request["system"] == "zo2" else of_zograph
-    print(json.dumps(timed(system(request, model_part), request)), flush=True)
+    tokens = request["batch"] * request["seq"]
+    found = timed(system(request, model_part), tokens, request["repeats"])
+    found |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(json.dumps(found), flush=True)
     os._exit(0)  # to unpin in order takes seconds
 
 

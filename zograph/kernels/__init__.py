@@ -9,6 +9,9 @@ from __future__ import annotations
 import ctypes
 import threading
 import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +74,28 @@ def available(*, warn: bool = False) -> bool:
     if warn and _library is None:
         warnings.warn(f"zograph kernels unavailable: {_reason}", RuntimeWarning, stacklevel=2)
     return _library is not None
+
+
+def load(source: Path, signatures: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | None:
+    """Return the library of other kernels, whose functions return nothing; None without compiler.
+
+    Parameters
+    ----------
+    source
+        A C++ file beside this one.
+    signatures
+        The types of each function's arguments, as ctypes has them.
+    """
+    if not available():
+        return None
+    try:
+        library = build(source)
+    except KernelBuildError:
+        return None
+    for name, arguments in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = None, arguments
+    return library
 
 
 def reason() -> str | None:

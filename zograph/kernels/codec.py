@@ -15,7 +15,6 @@ from torch import Tensor
 
 from zograph import kernels
 from zograph.kernels import DTYPES, Terms
-from zograph.kernels.build import KernelBuildError, build
 
 SOURCE = Path(__file__).with_name("codec.cpp")
 
@@ -28,16 +27,7 @@ _SIGNATURES = {
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    if not kernels.available():
-        return None
-    try:
-        library = build(SOURCE)
-    except KernelBuildError:
-        return None
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = None, arguments
-    return library
+    return kernels.load(SOURCE, _SIGNATURES)
 
 
 def serves(weight: Tensor) -> bool:

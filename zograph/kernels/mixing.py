@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from zograph import kernels
 from zograph.kernels import DTYPES
-from zograph.kernels.build import KernelBuildError, build
 
 SOURCE = Path(__file__).with_name("mixing.cpp")
 HISTORY = (torch.float32, torch.bfloat16)
@@ -32,16 +31,7 @@ _SIGNATURES = {
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    if not kernels.available():
-        return None
-    try:
-        library = build(SOURCE)
-    except KernelBuildError:
-        return None
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = None, arguments
-    return library
+    return kernels.load(SOURCE, _SIGNATURES)
 
 
 def serves(state: Tensor, history: torch.dtype = torch.float32) -> bool:

@@ -45,8 +45,8 @@ def perturb(
     distribution: str,
 ) -> None:
     """See :class:`zograph.kernels.engine.Engine`."""
-    height = base.shape[0] if base.dim() else 1
-    rows = torch.arange(height, device=base.device) if index is None else index.reshape(-1)
+    height = 1 if index is None else base.shape[0]  # the whole is one row
+    rows = torch.zeros(1, device=base.device) if index is None else index.reshape(-1)
     if index is not None and base.is_cpu:
         bad = rows[(rows < 0) | (rows >= height)]
         if bad.numel():
