@@ -64,6 +64,12 @@ class Schedule(Pass):
         return PassResult(gm, True, (f"{len(tasks.nodes)} tasks, {refills} slots filled anew",))
 
 
+def predicted_seconds(gm: fx.GraphModule, layout: Layout, directions: int) -> float:
+    """Return how long a step of an offloaded graph takes in its best order."""
+    tasks = Tasks(gm, layout, directions)
+    return scheduling.schedule(tasks.dag, tasks.units, tasks.capacity()).seconds
+
+
 class Tasks:
     """The step as a graph of tasks: what moves, what computes, how long it takes."""
 

@@ -25,6 +25,7 @@ from zograph.observers import Observers
 from zograph.options import Options
 from zograph.parameters import check_keys
 from zograph.passes import PassContext
+from zograph.passes.schedule import predicted_seconds
 from zograph.pipeline import Pipeline, run
 from zograph.planner import Request, choose
 from zograph.runtime import Program, Runner
@@ -227,7 +228,7 @@ class Graphs:
         )
 
     def _plan(self, captured: Captured, passes: Pipeline, frames: Frames) -> Layout:
-        front, _ = passes.split("offload")
+        front, back = passes.split("offload")
 
         def outlined(cut: int | None) -> fx.GraphModule:
             ctx = self._context(cut=cut)
@@ -244,7 +245,11 @@ class Graphs:
         )
         found = choose(outlined, request)
         if not self.decided and captured.dual:
-            period = choose_period(found, weights.table, self.options.directions)
+            ctx = self._context(cut=found.cut, layout=found)
+            gm = run(outlined(found.cut), back.split("schedule")[0], ctx, Observers.silent())
+            period = choose_period(
+                lambda k: predicted_seconds(gm, replace(found, fold_every=k), ctx.directions)
+            )
             weights.history.every, self.decided = period, True
             if period > 1:
                 return choose(outlined, replace(request, fold_every=period))

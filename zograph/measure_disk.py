@@ -52,9 +52,9 @@ def disk(folder: Path, nbytes: int) -> tuple[float, float, float]:
     try:
         if shutil.disk_usage(folder).free < 2 * nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with _File(folder) as file, ThreadPoolExecutor(2) as workers:
-            out, back = _pages(piece), _pages(piece)
-            np.frombuffer(out, np.uint8)[:] = np.frombuffer(_noise(piece), np.uint8)
+        with DirectFile(folder) as file, ThreadPoolExecutor(2) as workers:
+            out, back = pages(piece), pages(piece)
+            np.frombuffer(out, np.uint8)[:] = np.frombuffer(random_bytes(piece), np.uint8)
 
             def write(i: int) -> None:
                 file.write(out, i % PIECES * piece)
@@ -112,16 +112,17 @@ def _median(run: Callable[[int], None]) -> float:
     return statistics.median(times)
 
 
-def _pages(nbytes: int) -> memoryview:
+def pages(nbytes: int) -> memoryview:
     """Return page-aligned memory."""
     return memoryview(mmap.mmap(-1, nbytes))
 
 
-def _noise(nbytes: int) -> bytes:
+def random_bytes(nbytes: int) -> bytes:
+    """Return the same random bytes every time, which nothing compresses."""
     return np.random.default_rng(0).bytes(nbytes)
 
 
-class _File:
+class DirectFile:
     """A file whose name is gone at once, so that no end of the process leaves it behind."""
 
     def __init__(self, folder: Path) -> None:

@@ -33,8 +33,9 @@ def add_parser(subparsers: Any) -> None:
     parser = kinds.add_parser(
         "step",
         help="a step against two forwards and a plain MeZO step",
-        description="Time two eager forwards, a plain MeZO step and the zograph step, "
-        "alternating in one run, at random weights; then compile times in fresh processes.",
+        description="Time two eager forwards, a plain MeZO step and the zograph step without and "
+        "with a log, alternating in one run, at random weights; then compile times in fresh "
+        "processes.",
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -94,7 +95,7 @@ def build(name: str, layers: int | None = None) -> Any:
 
 
 def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
-    """Time the three contestants, alternating; report medians, ratios and peak memory."""
+    """Time the contestants, alternating; report medians, ratios and peak memory."""
     import torch
 
     import zograph
@@ -103,8 +104,12 @@ def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     model = build(args.model)
     batch = make_batch(model.config, args.batch, args.seq)
-    step = zograph.compile(model, lr=1e-7, device="cpu", backend=args.backend)
-    result = Contest(model, batch, step).run(args.repeats)
+    options: dict[str, Any] = {"lr": 1e-7, "device": "cpu", "backend": args.backend}
+    step = zograph.compile(model, **options)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        logged = zograph.compile(build(args.model), **options, log=Path(folder) / "run.zolog")
+        result = Contest(model, batch, step, logged).run(args.repeats)
+        logged.close()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         "model": args.model,
@@ -177,6 +182,8 @@ def print_steps(result: dict[str, Any]) -> None:
         peak = row["peak_bytes"]
         shown = "?" if peak is None else f"{peak / 2**20:.0f} MiB"
         print(f"{name:24}{row['median']:10.3f}{row['ratio']:17.2f}{shown:>19}")
+    plain, logged = (result["contestants"][f"zograph step{s}"] for s in ("", " with log"))
+    print(f"a step with a log takes {logged['median'] / plain['median']:.3f} of one without")
 
 
 def print_compile(result: dict[str, Any]) -> None:

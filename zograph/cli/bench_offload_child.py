@@ -11,6 +11,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from zograph.cli.batches import make_batch
 from zograph.cli.bench import config_of
 from zograph.cli.contest import status_bytes
 from zograph.cli.inputs import InputError
+from zograph.cli.traffic import Traffic
 from zograph.cli.trial import Trial, baseline_bytes
 from zograph.device import DeviceSpec
 from zograph.errors import PlanError, ZographError
@@ -130,7 +132,13 @@ def step(request: Request) -> dict[str, Any]:
         zo, batch = compiled(request, request["model"], request["memory"], work / "model")
     except PlanError as error:
         return {"infeasible": str(error), "minimum": error.minimum}
-    return Trial(zo, batch, baseline).run(request["repeats"], metered=request["metered"])
+    with ExitStack() as stack:
+        moved = request.get("beside")
+        traffic = (
+            stack.enter_context(Traffic(work, moved["read"], moved["write"])) if moved else None
+        )
+        trial = Trial(zo, batch, baseline, traffic.turn if traffic else nullcontext)
+        return trial.run(request["repeats"], metered=request["metered"])
 
 
 def compiled(

@@ -19,14 +19,20 @@ EPS, LR = 1e-3, 1e-7
 
 
 class Contest:
-    """Two eager forwards, a plain MeZO step and the zograph step on one model and batch."""
+    """Two eager forwards, a plain MeZO step and zograph's on one model and batch.
 
-    def __init__(self, model: nn.Module, batch: Mapping[str, Any], step: ZOStep) -> None:
+    `logged` is the same step on a model of its own that writes a log.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: Mapping[str, Any], step: ZOStep, logged: ZOStep
+    ) -> None:
         self.model, self.batch, self.step = model, batch, step
         self.contestants: dict[str, Callable[[], object]] = {
             "two forwards": self.two_forwards,
             "plain MeZO step": self.mezo,
             "zograph step": lambda: step(**batch),
+            "zograph step with log": lambda: logged(**batch),
         }
 
     @torch.no_grad()

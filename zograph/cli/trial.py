@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,19 @@ def reset_peak() -> None:
 
 
 class Trial:
-    """A compiled step, run, timed and looked at from outside."""
+    """A compiled step, run, timed and looked at from outside.
 
-    def __init__(self, zo: ZOStep, batch: Mapping[str, Any], baseline: int) -> None:
-        self.zo, self.batch, self.baseline = zo, batch, baseline
+    `beside` makes a context for each step to run in; its end counts as the step's.
+    """
+
+    def __init__(
+        self,
+        zo: ZOStep,
+        batch: Mapping[str, Any],
+        baseline: int,
+        beside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.zo, self.batch, self.baseline, self.beside = zo, batch, baseline, beside
         self.losses: list[tuple[float, float]] = []
         self.spans: list[tuple[str, float, float]] = []
         self.fixed = 0
@@ -84,7 +94,8 @@ class Trial:
     def step(self) -> float:
         """Run one step; return its seconds."""
         start = time.perf_counter()
-        self.zo(**self.batch)
+        with self.beside():
+            self.zo(**self.batch)
         last = self.zo.last
         assert last is not None
         self.losses.append((last.loss_plus, last.loss_minus))

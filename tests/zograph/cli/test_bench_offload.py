@@ -92,6 +92,7 @@ def test_runs_and_reports(
     moved = streamed["moved_bytes"]
     assert moved["write"] == trainable + headers
     assert moved["read"] == trainable + tied, "the embedding is read again for the head"
+    assert streamed["beside_traffic"] > 0
     assert 0 <= streamed["overlap"] <= 1
     assert {"fetch", "fold", "body", "writeback"} == set(streamed["busy"])
     metered = streamed["metered"]
@@ -232,6 +233,8 @@ def test_verdicts() -> None:
     assert rows["minimum", "process peak <= 1.10 of the budget"]["found"] == "1.080"
     assert rows["120B", "process peak <= 1.10 of the budget"]["found"] == "0.900"
     assert rows["minimum", "step <= 1.10 of the bound"]["found"] == "0.952"
+    aim = "step <= 1.10 of resident beside such traffic"
+    assert rows["minimum", aim]["found"] == "0.800"
     assert rows["minimum", "at least 3 x as fast as accelerate"]["found"] == "3.50"
     assert rows["minimum", "peak <= accelerate's"]["met"]
     assert rows["minimum", "losses equal bit for bit"]["met"]
