@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zograph.cli.finetune import TASKS
-from zograph.cli.inputs import InputError, integer
+from zograph.cli.inputs import FORMATS, InputError, integer
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,6 +30,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--storage", default="host", metavar="S", help="host, disk or a folder: where weights live"
+    )
+    parser.add_argument(
+        "--transfer-dtype", choices=FORMATS, help="format in which weights are stored and moved"
     )
     parser.add_argument(
         "--timeline", type=Path, metavar="SVG", help="draw the timeline of the streams; --memory"
@@ -63,7 +66,12 @@ def run(args: argparse.Namespace) -> int:
     limit = length_limit(args.length, loaded.model, loaded.tokenizer)
     rows = [Encoded([0] * limit, 0 if classify else None)] * args.batch_size
     step = zograph.compile(
-        loaded.model, device="cpu", backend="eager", memory=memory, storage=args.storage
+        loaded.model,
+        device="cpu",
+        backend="eager",
+        memory=memory,
+        storage=args.storage,
+        transfer_dtype=args.transfer_dtype,
     )
     batch = collate(rows, 0, limit, args.batch_size)
     step.prepare(**batch)

@@ -14,9 +14,11 @@ SHORT = ["--task", "causal-lm", "--batch-size", "1", "--length", "8"]
 def test_graph_and_timeline(gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     graph, timeline = tmp_path / "new" / "step.dot", tmp_path / "other" / "timeline.svg"
     args = ["--memory", "minimum", "--timeline", str(timeline), "--measured"]
+    args += ["--transfer-dtype", "int8"]
     assert main(["draw", str(gpt2), str(graph), *SHORT, *args]) == 0
     assert capsys.readouterr().out.splitlines() == [str(graph), str(timeline)]
-    assert "write back" in graph.read_text(encoding="utf-8")
+    drawn = graph.read_text(encoding="utf-8")
+    assert all(what in drawn for what in ("fetch", "decode", "encode", "write back"))
     assert "measured" in timeline.read_text(encoding="utf-8")
 
 
