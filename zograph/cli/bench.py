@@ -17,6 +17,7 @@ from zograph.cli import (
     bench_noise,
     bench_offload,
     bench_replay,
+    bench_trajectory,
     bench_transfers,
     bench_zo2,
     shapes,
@@ -54,6 +55,7 @@ def add_parser(subparsers: Any) -> None:
     bench_accuracy.add_parser(kinds)
     bench_replay.add_parser(kinds)
     bench_transfers.add_parser(kinds)
+    bench_trajectory.add_parser(kinds)
     bench_noise.add_parser(kinds)
 
 

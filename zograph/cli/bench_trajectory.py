@@ -1,0 +1,245 @@
+"""`zograph bench trajectory`: zeroth-order runs with and without Anderson mixing.
+
+Every run starts from the same weights and has the same number of forwards ("evaluations"; a step
+of q directions has 2 q). Learning rates of plain runs are tuned by doubling and halving; a mixed
+run takes that of the plain run with as many directions. The target is what the best plain run with
+one direction has come to. Losses are of all data, also where the steps see batches of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import zograph
+from zograph.cli.inputs import integer
+from zograph.cli.output import check_file
+
+CHECKS = 100
+"""How often in a run the loss of all data is computed; these forwards are not counted."""
+BLOWN_UP = 10.0
+"""Times its first loss at which a run is over."""
+
+Batch = dict[str, Any]
+
+
+class Quadratic(nn.Module):
+    """Half of ``sum(i ** -power * w_i ** 2)`` over `size` weights, times the mean of a batch."""
+
+    curvature: torch.Tensor
+
+    def __init__(self, size: int, power: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(size))
+        self.register_buffer("curvature", torch.arange(1.0, size + 1) ** -power)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (self.curvature * self.w**2).sum() * x.mean()
+
+
+class Logistic(nn.Module):
+    """Logistic regression: x f32[B, features], y i64[B] -> mean cross entropy."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.linear(x), y)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A loss to minimise: the model, all of its data, and how many rows a step sees."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    data: Batch
+    rows: int | None = None
+    """None: all."""
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the batches of a run, the same for every run."""
+        generator = torch.Generator().manual_seed(0)
+        size = len(next(iter(self.data.values())))
+        while True:
+            if self.rows is None:
+                yield self.data
+            else:
+                picked = torch.randint(size, (self.rows,), generator=generator)
+                yield {k: v[picked] for k, v in self.data.items()}
+
+
+@dataclass
+class Run:
+    """What a run has come to."""
+
+    lr: float
+    directions: int
+    evaluations: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Behind so many evaluations."""
+    gate: dict[str, int] | None = None
+    """Of a mixed run: cycles, and how they ended."""
+
+    @property
+    def final(self) -> float:
+        """The last loss; infinite if the run has blown up."""
+        return self.losses[-1] if self.losses[-1] < self.losses[0] else math.inf
+
+    def reached(self, target: float) -> int | None:
+        """Return the evaluations behind which the loss was at most `target` first."""
+        pairs = zip(self.evaluations, self.losses, strict=True)
+        return next((n for n, loss in pairs if loss <= target), None)
+
+
+def add_parser(kinds: Any) -> None:
+    """Register the kind of benchmark."""
+    parser: argparse.ArgumentParser = kinds.add_parser(
+        "trajectory",
+        help="zeroth-order runs with and without Anderson mixing",
+        description="Minimise ill-conditioned quadratics of 1500 weights, and logistic regression "
+        "on scikit-learn's digits (2570 weights) with all data and with batches, by plain "
+        "zeroth-order steps and with Anderson mixing at equal forward evaluations.",
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("--powers", type=float, nargs="*", default=[2, 3, 4], metavar="P",
+        help="quadratics with curvatures i ** -P")  # fmt: skip
+    add("--rows", type=integer(0), nargs="*", default=[0, 32, 128, 512, 2048], metavar="N",
+        help="batch sizes of logistic regression, 0: all of 200 digits")  # fmt: skip
+    add("--directions", type=integer(1), default=16, metavar="Q", help="shared by a cycle")
+    add("--inner-steps", type=integer(2), default=8, metavar="K", help="of a cycle")
+    add("--evaluations", type=integer(100), default=12000, metavar="N", help="of each run")
+    add("--json", type=Path, metavar="FILE", help="write all numbers here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand."""
+    if args.json:
+        check_file(args.json, "--json")
+    torch.set_num_threads(1)
+    mixing = zograph.Anderson(directions=args.directions, inner_steps=args.inner_steps)
+    print(
+        f"{args.evaluations} evaluations, cycles of {mixing.inner_steps} steps over "
+        f"{mixing.directions} directions\n{'':22}{'':12}{'lr':>10}{'loss':>12}{'to target':>11}"
+        f"{'of plain':>10}"
+    )
+    found = {}
+    for problem in problems(args.powers, args.rows):
+        start = time.perf_counter()
+        found[problem.name] = compare(problem, mixing, args.evaluations)
+        report(problem.name, found[problem.name], time.perf_counter() - start)
+    if args.json:
+        given = {"evaluations": args.evaluations, "anderson": asdict(mixing)}
+        rows = {name: {w: asdict(r) for w, r in runs.items()} for name, runs in found.items()}
+        args.json.write_text(json.dumps(given | {"problems": rows}, indent=2) + "\n")
+    return 0
+
+
+def problems(powers: list[float], rows: list[int]) -> Iterator[Problem]:
+    """Yield the problems."""
+    for power in powers:
+        name = f"quadratic, i^-{power:g}"
+        yield Problem(name, partial(Quadratic, 1500, power), {"x": torch.ones(2)})
+    if not rows:
+        return
+    data = digits()
+    for count in rows:
+        picked = data if count else {k: v[:200] for k, v in data.items()}
+        name = f"logistic, batch {count}" if count else "logistic, all of 200"
+        yield Problem(name, partial(Logistic, 256, 10), picked, count or None)
+
+
+def digits() -> Batch:
+    """Return scikit-learn's digits, scaled up to 16x16: f32[1797, 256], and i64[1797]."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    wide = F.interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)
+    return {"x": wide.flatten(1), "y": torch.tensor(data.target)}
+
+
+def compare(problem: Problem, mixing: zograph.Anderson, evaluations: int) -> dict[str, Run]:
+    """Tune the plain runs, and mix at the rate of the one with as many directions."""
+    one = tuned(problem, 1, evaluations)
+    many = tuned(problem, mixing.directions, evaluations)
+    mixed = trained(problem, many.lr, mixing.directions, evaluations, mixing)
+    return {"plain": one, f"plain, q = {mixing.directions}": many, "mixed": mixed}
+
+
+def tuned(problem: Problem, directions: int, evaluations: int) -> Run:
+    """Return the run with the lowest last loss among rates a factor of 2 apart."""
+    runs: dict[int, Run] = {}
+    best = 0
+    while not {best - 1, best, best + 1} <= runs.keys():
+        for power in {best - 1, best, best + 1} - runs.keys():
+            runs[power] = trained(problem, 2.0**power, directions, evaluations)
+        lowest = min(runs, key=lambda k: runs[k].final)
+        best = lowest if math.isfinite(runs[lowest].final) else min(runs)
+    return runs[best]
+
+
+def trained(
+    problem: Problem,
+    lr: float,
+    directions: int,
+    evaluations: int,
+    mixing: zograph.Anderson | None = None,
+) -> Run:
+    """Run until the evaluations are used up or the loss has blown up."""
+    result, spent = Run(lr, directions), 0
+    with zograph.compile(
+        problem.model(),
+        loss_fn=lambda m, **batch: m(**batch),
+        lr=lr,
+        device="cpu",
+        backend="eager",
+        directions=directions,
+        anderson=mixing,
+        on_nan="skip",
+    ) as step:
+        for batch in problem.batches():
+            if spent >= len(result.losses) * evaluations // CHECKS:
+                result.evaluations.append(spent)
+                result.losses.append(float(step.evaluate(**problem.data).loss))
+                if not result.losses[-1] <= BLOWN_UP * result.losses[0]:
+                    break
+            if spent >= evaluations:
+                break
+            step(**batch)
+            spent += 2 * directions
+        if step.mixing is not None:
+            kept = ("cycles", "mixed", "closed", "rejected", "slow")
+            result.gate = {name: getattr(step.mixing, name) for name in kept}
+    return result
+
+
+def report(name: str, runs: dict[str, Run], seconds: float) -> None:
+    """Print the rows of one problem."""
+    target, budget = runs["plain"].final, runs["plain"].reached(runs["plain"].final)
+    assert budget is not None
+    for way, found in runs.items():
+        count = found.reached(target)
+        shown = ("never", "") if count is None else (f"{count}", f"{count / budget:.2f}")
+        print(
+            f"{name:22}{way:12}{found.lr:10.3g}{found.losses[-1]:12.4g}{shown[0]:>11}{shown[1]:>10}"
+        )
+        if found.gate is not None:
+            print(f"{'':22}{', '.join(f'{n} {k}' for k, n in found.gate.items())}", end="; ")
+    print(f"{seconds:.0f} s", flush=True)
