@@ -28,7 +28,7 @@ from zograph.cli.output import check_file
 
 CHECKS = 100
 """How often in a run the loss of all data is computed; these forwards are not counted."""
-BLOWN_UP = 10.0
+BLOWN_UP = 1e3
 """Times its first loss at which a run is over."""
 
 Batch = dict[str, Any]

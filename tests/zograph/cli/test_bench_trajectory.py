@@ -42,7 +42,7 @@ def test_the_rate_is_tuned() -> None:
 
 def test_a_run_that_blows_up_is_the_worst() -> None:
     (problem,) = bench.problems([2], [])
-    run = bench.trained(problem, 64.0, 1, 400)
+    run = bench.trained(problem, 1024.0, 1, 400)
     assert run.final == math.inf
     assert run.evaluations[-1] < 400
 
