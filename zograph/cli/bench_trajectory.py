@@ -1,9 +1,10 @@
 """`zograph bench trajectory`: zeroth-order runs with and without Anderson mixing.
 
 Every run starts from the same weights and has the same number of forwards ("evaluations"; a step
-of q directions has 2 q). Learning rates of plain runs are tuned by doubling and halving; a mixed
-run takes that of the plain run with as many directions. The target is what the best plain run with
-one direction has come to. Losses are of all data, also where the steps see batches of it.
+of q directions has 2 q). Learning rates of plain runs are tuned by doubling and halving, with the
+first seed; a mixed run takes that of the plain run with as many directions. The target of each seed
+is what its plain run with one direction has come to. Losses are of all data, also where the steps
+see batches of it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,8 @@ CHECKS = 100
 """How often in a run the loss of all data is computed; these forwards are not counted."""
 BLOWN_UP = 1e3
 """Times its first loss at which a run is over."""
+
+PLAIN = "plain"
 
 Batch = dict[str, Any]
 
@@ -124,6 +127,7 @@ def add_parser(kinds: Any) -> None:
         help="batch sizes of logistic regression, 0: all of 200 digits")  # fmt: skip
     add("--directions", type=integer(1), default=16, metavar="Q", help="shared by a cycle")
     add("--inner-steps", type=integer(2), default=8, metavar="K", help="of a cycle")
+    add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], metavar="N")
     add("--evaluations", type=integer(100), default=12000, metavar="N", help="of each run")
     add("--json", type=Path, metavar="FILE", help="write all numbers here")
 
@@ -136,17 +140,19 @@ def run(args: argparse.Namespace) -> int:
     mixing = zograph.Anderson(directions=args.directions, inner_steps=args.inner_steps)
     print(
         f"{args.evaluations} evaluations, cycles of {mixing.inner_steps} steps over "
-        f"{mixing.directions} directions\n{'':22}{'':12}{'lr':>10}{'loss':>12}{'to target':>11}"
-        f"{'of plain':>10}"
+        f"{mixing.directions} directions, {len(args.seeds)} seeds\n{'':36}{'lr':>8}{'loss':>11}"
+        f"{'spread':>10}{'to target':>11}{'of plain':>10}"
     )
     found = {}
     for problem in problems(args.powers, args.rows):
-        start = time.perf_counter()
-        found[problem.name] = compare(problem, mixing, args.evaluations)
-        report(problem.name, found[problem.name], time.perf_counter() - start)
+        found[problem.name] = compare(problem, mixing, args.evaluations, args.seeds)
+        report(problem.name, found[problem.name])
     if args.json:
         given = {"evaluations": args.evaluations, "anderson": asdict(mixing)}
-        rows = {name: {w: asdict(r) for w, r in runs.items()} for name, runs in found.items()}
+        rows = {
+            name: {way: [asdict(run) for run in runs] for way, runs in ways.items()}
+            for name, ways in found.items()
+        }
         args.json.write_text(json.dumps(given | {"problems": rows}, indent=2) + "\n")
     return 0
 
@@ -175,21 +181,28 @@ def digits() -> Batch:
     return {"x": wide.flatten(1), "y": torch.tensor(data.target)}
 
 
-def compare(problem: Problem, mixing: zograph.Anderson, evaluations: int) -> dict[str, Run]:
-    """Tune the plain runs, and mix at the rate of the one with as many directions."""
-    one = tuned(problem, 1, evaluations)
-    many = tuned(problem, mixing.directions, evaluations)
-    mixed = trained(problem, many.lr, mixing.directions, evaluations, mixing)
-    return {"plain": one, f"plain, q = {mixing.directions}": many, "mixed": mixed}
+def compare(
+    problem: Problem, mixing: zograph.Anderson, evaluations: int, seeds: Sequence[int]
+) -> dict[str, list[Run]]:
+    """Tune the plain runs, mix at the rate of the one with as many directions; a run a seed."""
+    first, *others = seeds
+    ways: dict[str, list[Run]] = {}
+    for way, directions in ((PLAIN, 1), (f"plain, q = {mixing.directions}", mixing.directions)):
+        best = tuned(problem, directions, evaluations, first)
+        ways[way] = [best, *(trained(problem, best.lr, directions, evaluations, s) for s in others)]
+    ways["mixed"] = [
+        trained(problem, best.lr, directions, evaluations, seed, mixing) for seed in seeds
+    ]
+    return ways
 
 
-def tuned(problem: Problem, directions: int, evaluations: int) -> Run:
+def tuned(problem: Problem, directions: int, evaluations: int, seed: int) -> Run:
     """Return the run with the lowest last loss among rates a factor of 2 apart."""
     runs: dict[int, Run] = {}
     best = 0
     while not {best - 1, best, best + 1} <= runs.keys():
         for power in {best - 1, best, best + 1} - runs.keys():
-            runs[power] = trained(problem, 2.0**power, directions, evaluations)
+            runs[power] = trained(problem, 2.0**power, directions, evaluations, seed)
         lowest = min(runs, key=lambda k: runs[k].final)
         best = lowest if math.isfinite(runs[lowest].final) else min(runs)
     return runs[best]
@@ -200,6 +213,7 @@ def trained(
     lr: float,
     directions: int,
     evaluations: int,
+    seed: int,
     mixing: zograph.Anderson | None = None,
 ) -> Run:
     """Run until the evaluations are used up or the loss has blown up."""
@@ -211,6 +225,7 @@ def trained(
         device="cpu",
         backend="eager",
         directions=directions,
+        seed=seed,
         anderson=mixing,
         on_nan="skip",
     ) as step:
@@ -230,16 +245,20 @@ def trained(
     return result
 
 
-def report(name: str, runs: dict[str, Run], seconds: float) -> None:
+def report(name: str, ways: dict[str, list[Run]]) -> None:
     """Print the rows of one problem."""
-    target, budget = runs["plain"].final, runs["plain"].reached(runs["plain"].final)
-    assert budget is not None
-    for way, found in runs.items():
-        count = found.reached(target)
-        shown = ("never", "") if count is None else (f"{count}", f"{count / budget:.2f}")
-        print(
-            f"{name:22}{way:12}{found.lr:10.3g}{found.losses[-1]:12.4g}{shown[0]:>11}{shown[1]:>10}"
-        )
-        if found.gate is not None:
-            print(f"{'':22}{', '.join(f'{n} {k}' for k, n in found.gate.items())}", end="; ")
-    print(f"{seconds:.0f} s", flush=True)
+    goals = [(run.final, run.reached(run.final)) for run in ways[PLAIN]]
+    for way, runs in ways.items():
+        losses = [run.losses[-1] for run in runs]
+        spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+        counts = [run.reached(goal) for run, (goal, _) in zip(runs, goals, strict=True)]
+        ratios = [n / m for n, (_, m) in zip(counts, goals, strict=True) if n and m]
+        shown = f"{'never' if not ratios else f'{len(ratios)} of {len(runs)}':>11}{'':>10}"
+        if len(ratios) == len(runs):
+            middle = statistics.median(n for n in counts if n)
+            shown = f"{middle:11.0f}{statistics.median(ratios):10.2f}"
+        mean = statistics.mean(losses)
+        print(f"{name:22}{way:14}{runs[0].lr:8.3g}{mean:11.4g}{spread:10.2g}{shown}")
+    gates = [run.gate for run in ways["mixed"] if run.gate is not None]
+    told = (f"{key} {[gate[key] for gate in gates]}" for key in gates[0])
+    print(f"{'':22}{', '.join(told)}", flush=True)
