@@ -20,6 +20,7 @@ from zograph.elision import PERIODS, choose_period
 from zograph.errors import CaptureError
 from zograph.ir import clone, info
 from zograph.layout import Layout
+from zograph.looks import shared_results
 from zograph.memory import give_back, return_large_blocks
 from zograph.observers import Observers
 from zograph.options import Options
@@ -188,7 +189,8 @@ class Graphs:
         """
         key = tuple(tuple(f.values()) for f in frames) if self.streamed else None
         if key not in captured.compiled:
-            captured.compiled[key] = self._compile(captured, frames)
+            with shared_results():
+                captured.compiled[key] = self._compile(captured, frames)
         self.last = captured.compiled[key]
         return self.last
 

@@ -16,6 +16,7 @@ from zograph.errors import CaptureError
 from zograph.formats import parse_transfer_dtype, with_format
 from zograph.ir import ParamInfo, clone, info, module
 from zograph.layout import Layout, Tier
+from zograph.looks import shared_results
 from zograph.observers import Observers
 from zograph.options import parse_memory
 from zograph.passes import PassContext
@@ -157,8 +158,9 @@ class Paper:
         request = Request(budget, self._frames, storage, spec)
         streamed = budget is not None or storage == "disk"
         by_rows = streamed and spec.kind == "cpu"
-        layout = chosen(self.ways(by_rows), request)
-        gm = self._moving(layout, by_rows)
+        with shared_results():
+            layout = chosen(self.ways(by_rows), request)
+            gm = self._moving(layout, by_rows)
         tasks = Tasks(gm, layout, self.directions)
         found = scheduling.schedule(tasks.dag, tasks.units, tasks.capacity())
         return describe(gm, layout, found), found
