@@ -21,7 +21,7 @@ from zograph.errors import CaptureError
 from zograph.ir import clone, info
 from zograph.layout import Layout
 from zograph.looks import shared_results
-from zograph.memory import give_back, return_large_blocks
+from zograph.memory import give_back, return_large_blocks, uncollected
 from zograph.observers import Observers
 from zograph.options import Options
 from zograph.parameters import check_keys
@@ -228,6 +228,7 @@ class Graphs:
             **more,
         )
 
+    @uncollected()
     def _plan(self, captured: Captured, passes: Pipeline, frames: Frames) -> Layout:
         front, _ = passes.split("offload")
 

@@ -17,6 +17,7 @@ from zograph.formats import parse_transfer_dtype, with_format
 from zograph.ir import ParamInfo, clone, info, module
 from zograph.layout import Layout, Tier
 from zograph.looks import shared_results
+from zograph.memory import uncollected
 from zograph.observers import Observers
 from zograph.options import parse_memory
 from zograph.passes import PassContext
@@ -146,6 +147,7 @@ class Paper:
         """Plan the step under a budget; parameters and errors as in :func:`plan`."""
         return self.draft(memory, device, storage)[0]
 
+    @uncollected()
     def draft(
         self,
         memory: int | float | str | None,
