@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +50,11 @@ _MEASURE: Any = DeviceSpec.__dict__["measure"]
 
 def _spec(cls: type, device: Any = None, folder: object = None, **_: object) -> DeviceSpec:
     return dataclasses.replace(SPEC, kind=pick_device(device).type)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what all tests have imported."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -31,6 +31,7 @@ from zograph.faking import fake_copy, placed
 from zograph.fixed_points.entering import enter_cells
 from zograph.fixed_points.tracing import TracedCell, tracing_cells
 from zograph.ir import KEY, GraphInfo, Kind, NodeMeta, fake_mode, info, placeholders
+from zograph.memory import uncollected
 from zograph.parameters import parameter_table
 from zograph.pieces import enter_in_pieces
 from zograph.signature import Signature
@@ -187,6 +188,7 @@ def _export(traced: _Traced, batch: dict[str, Any], sig: Signature) -> torch.exp
     return ep
 
 
+@uncollected()
 def capture(
     model: nn.Module,
     batch: Mapping[str, Any],

@@ -22,8 +22,9 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils import _pytree as pytree
 
+from zograph.looks import SYMBOLIC, Looks
+
 SCALARS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
-SYMBOLIC = (torch.SymBool, torch.SymInt, torch.SymFloat)
 
 
 class Replay:
@@ -31,7 +32,7 @@ class Replay:
 
     def __init__(self) -> None:
         self._seen: dict[fx.Node, tuple[Any, ...]] = {}
-        self._looks: dict[int, tuple[Any, Any]] = {}
+        self._looks = Looks()
         self._results: dict[Any, Any] = {}
         self.replayed = 0
         """Calls that were really run, over the life of the record."""
@@ -54,11 +55,7 @@ class Replay:
             Whatever the target raises.
         """
         assert callable(node.target)
-        try:
-            key: Any = (node.target, self._freeze(node.args), self._freeze(node.kwargs))
-            hash(key)
-        except TypeError:  # an argument of a kind that cannot be compared
-            key = node
+        key = self._looks.of_call(node.target, node.args, node.kwargs) or node
         if key not in self._results:
             self.replayed += 1
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
@@ -69,24 +66,6 @@ class Replay:
     def _state(node: fx.Node) -> tuple[Any, ...]:
         vals = (n.meta.get("val") for n in node.all_input_nodes)
         return (node.target, node.args, node.kwargs, node.meta.get("val"), *vals)
-
-    def _freeze(self, arg: Any) -> Any:
-        if isinstance(arg, fx.Node):
-            return self._look(arg.meta["val"])
-        if isinstance(arg, (list, tuple)):
-            return (type(arg).__name__, *map(self._freeze, arg))
-        if isinstance(arg, dict):
-            return tuple((k, self._freeze(arg[k])) for k in sorted(arg))
-        if isinstance(arg, slice):
-            return ("slice", *map(self._freeze, (arg.start, arg.stop, arg.step)))
-        return (type(arg).__name__, arg)
-
-    def _look(self, val: Any) -> Any:
-        """What a call can see of a fake value."""
-        found = self._looks.get(id(val))
-        if found is None or found[0] is not val:
-            found = self._looks[id(val)] = (val, _look(val))
-        return found[1]
 
 
 def run_fake(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -165,15 +144,3 @@ def _is_one(size: Any) -> bool:
 
 def _is(a: Any, b: Any) -> bool:
     return a is b
-
-
-def _look(val: Any) -> Any:
-    if isinstance(val, torch.Tensor):
-        strides = tuple(map(_look, val.stride())) if val.layout == torch.strided else ()
-        mode = id(val.fake_mode) if isinstance(val, FakeTensor) else 0
-        return (mode, val.dtype, val.device, val.layout, tuple(map(_look, val.shape)), strides)
-    if isinstance(val, SYMBOLIC):
-        return ("sym", id(val.node.shape_env), val.node.expr)
-    if isinstance(val, (list, tuple)):
-        return (type(val).__name__, *map(_look, val))
-    return (type(val).__name__, val)

@@ -20,7 +20,8 @@ from zograph.elision import PERIODS, choose_period
 from zograph.errors import CaptureError
 from zograph.ir import clone, info
 from zograph.layout import Layout
-from zograph.memory import give_back, return_large_blocks
+from zograph.looks import shared_results
+from zograph.memory import give_back, return_large_blocks, uncollected
 from zograph.observers import Observers
 from zograph.options import Options
 from zograph.parameters import check_keys
@@ -189,7 +190,8 @@ class Graphs:
         """
         key = tuple(tuple(f.values()) for f in frames) if self.streamed else None
         if key not in captured.compiled:
-            captured.compiled[key] = self._compile(captured, frames)
+            with shared_results():
+                captured.compiled[key] = self._compile(captured, frames)
         self.last = captured.compiled[key]
         return self.last
 
@@ -227,6 +229,7 @@ class Graphs:
             **more,
         )
 
+    @uncollected()
     def _plan(self, captured: Captured, passes: Pipeline, frames: Frames) -> Layout:
         front, back = passes.split("offload")
 

@@ -19,6 +19,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from zograph.formats import Format
+from zograph.looks import value_of
 
 if TYPE_CHECKING:
     from zograph.layout import Layout
@@ -237,7 +239,8 @@ def call(
         Fields of :class:`NodeMeta` to set.
     """
     node = graph.call_function(target, args, kwargs or {})
-    node.meta["val"] = evaluate(target, args, kwargs or {})
+    made = partial(evaluate, target, args, kwargs or {})
+    node.meta["val"] = value_of(target, args, kwargs or {}, made)
     node.meta[KEY] = replace(meta(like) if like is not None else NodeMeta(), source=source)
     annotate(node, kind=Kind.OP, **fields)
     return node

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 
@@ -21,6 +22,22 @@ def give_back(*, collect: bool = False) -> None:
     if collect:
         gc.collect()
     _trim()(0)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Hold Python's cyclic collector back while graphs are built, in the whole process.
+
+    Each of its passes looks through every object there is, and a graph is many objects of which
+    few are garbage.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 LARGE = 1 << 20

@@ -16,6 +16,8 @@ from zograph.errors import CaptureError
 from zograph.formats import parse_transfer_dtype, with_format
 from zograph.ir import ParamInfo, clone, info, module
 from zograph.layout import Layout, Tier
+from zograph.looks import shared_results
+from zograph.memory import uncollected
 from zograph.observers import Observers
 from zograph.options import parse_memory
 from zograph.passes import PassContext
@@ -145,6 +147,7 @@ class Paper:
         """Plan the step under a budget; parameters and errors as in :func:`plan`."""
         return self.draft(memory, device, storage)[0]
 
+    @uncollected()
     def draft(
         self,
         memory: int | float | str | None,
@@ -157,8 +160,9 @@ class Paper:
         request = Request(budget, self._frames, storage, spec)
         streamed = budget is not None or storage == "disk"
         by_rows = streamed and spec.kind == "cpu"
-        layout = chosen(self.ways(by_rows), request)
-        gm = self._moving(layout, by_rows)
+        with shared_results():
+            layout = chosen(self.ways(by_rows), request)
+            gm = self._moving(layout, by_rows)
         tasks = Tasks(gm, layout, self.directions)
         found = scheduling.schedule(tasks.dag, tasks.units, tasks.capacity())
         return describe(gm, layout, found), found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from torch import fx
@@ -52,15 +53,20 @@ class Candidate:
     uses: tuple[StageUse, ...]
     fixed: int
 
+    @cached_property
+    def _held(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """The weights of each stage, with their slot bytes."""
+        params = info(self.gm).params
+        return tuple(tuple((n, padded(params[n].stored_bytes)) for n in u.weights)
+                     for u in self.uses)  # fmt: skip
+
     def weights(self) -> frozenset[str]:
         """Return the parameters that a step visits."""
         return frozenset(n for u in self.uses for n in u.weights)
 
     def units(self, resident: frozenset[str] = frozenset()) -> list[int]:
         """Return the slot bytes of each stage's streamed weights."""
-        params = info(self.gm).params
-        return [sum(padded(params[n].stored_bytes) for n in u.weights if n not in resident)
-                for u in self.uses]  # fmt: skip
+        return [sum(size for n, size in held if n not in resident) for held in self._held]
 
     def decoded(self) -> int:
         """Return the bytes of the most that a stage decodes, wherever it is stored."""

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
+import pytest
 import torch
 from torch import fx
 
-from zograph.ir import info
+from tests.zoo import batch, build, loss_fn
+from zograph.ir import clone, info
 from zograph.passes import PassContext
 from zograph.pipeline import default_passes
-from zograph.testing import GraphBuilder
+from zograph.testing import GraphBuilder, capture_function
 
 aten = torch.ops.aten
+
+DEEP = [
+    pytest.param(name, marks=(pytest.mark.xdist_group(f"deep {name}"), *marks))
+    for name, marks in (
+        ("opt", ()),
+        ("llama", ()),
+        ("bert", (pytest.mark.slow,)),
+        ("t5", (pytest.mark.slow,)),
+    )
+]
+"""Models for :func:`deep`; the tests of one go to one process, which captures it once."""
 
 
 def block(path: str) -> tuple[tuple[str, str], ...]:
@@ -43,3 +59,21 @@ def ready_for(name: str, gm: fx.GraphModule) -> fx.GraphModule:
             gm = pass_.apply(gm, PassContext()).gm
             info(gm).facts |= pass_.contract.provides
     return gm
+
+
+def deep(name: str, layers: int) -> fx.GraphModule:
+    """Return a model of the zoo with so many layers, as captured."""
+    return clone(_deep(name, layers))
+
+
+@cache
+def _deep(name: str, layers: int) -> fx.GraphModule:
+    model = build(name)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    if name == "t5":
+        config.num_layers = config.num_decoder_layers = layers
+    if hasattr(config, "layer_types"):
+        config.layer_types = None
+    deeper = type(model)(type(config).from_dict(config.to_dict()))
+    return capture_function(deeper, loss_fn(name), **batch(name, 4, 16))

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 
-from tests.passes.graphs import ready_for, two_blocks
+from tests.passes.graphs import DEEP, deep, ready_for, two_blocks
 from tests.passes.test_dual_perturbation import bind_keys
-from tests.zoo import batch, build, loss_fn
 from zograph import printer
 from zograph.ir import info
 from zograph.passes import Outline, PassContext
@@ -15,7 +14,6 @@ from zograph.testing import (
     Golden,
     assert_equivalent,
     assert_idempotent,
-    capture_function,
     random_inputs,
 )
 from zograph.verifier import Verifier
@@ -35,23 +33,13 @@ def test_idempotent() -> None:
     assert_idempotent(Outline(), ready_for("outline", two_blocks()))
 
 
-@pytest.mark.parametrize(
-    "name", ["opt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "bert", "t5"))]
-)
+@pytest.mark.parametrize("name", DEEP)
 def test_the_number_of_bodies_does_not_grow_with_depth(name: str) -> None:
     def bodies(layers: int) -> int:
-        model = build(name)
-        config = copy.deepcopy(model.config)
-        config.num_hidden_layers = layers
-        if name == "t5":
-            config.num_layers = config.num_decoder_layers = layers
-        if hasattr(config, "layer_types"):
-            config.layer_types = None
-        deeper = type(model)(type(config).from_dict(config.to_dict()))
-        gm = capture_function(deeper, loss_fn(name), **batch(name, 4, 16))
+        gm = deep(name, layers)
         for pass_ in default_passes().replace("lower"):
             gm = pass_.apply(gm, PassContext()).gm
             info(gm).facts |= pass_.contract.provides
         return len(printer.bodies(gm))
 
-    assert bodies(6) == bodies(3) <= 9
+    assert bodies(4) == bodies(2) <= 9

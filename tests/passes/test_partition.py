@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from tests.passes.graphs import block, two_blocks
+from tests.passes.graphs import DEEP, block, deep, two_blocks
 from tests.zoo import batch, build, loss_fn
 from zograph import printer
 from zograph.ir import Kind, info, meta
@@ -170,19 +170,11 @@ def test_cuts(cut: int, stages: int) -> None:
         assert meta(node).stage == meta(user).stage
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", pytest.param("t5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cut", [4096, 9000])
+@pytest.mark.parametrize("name", DEEP)
 def test_equal_blocks_are_cut_equally(name: str, cut: int) -> None:
     def bodies(layers: int) -> tuple[int, int]:
-        model = build(name)
-        config = copy.deepcopy(model.config)
-        config.num_hidden_layers = layers
-        if name == "t5":
-            config.num_layers = config.num_decoder_layers = layers
-        if hasattr(config, "layer_types"):
-            config.layer_types = None
-        deeper = type(model)(type(config).from_dict(config.to_dict()))
-        gm = capture_function(deeper, loss_fn(name), **batch(name, 4, 16))
+        gm = deep(name, layers)
         for pass_ in default_passes().split("offload")[0]:
             gm = pass_.apply(gm, PassContext(cut=cut)).gm
             info(gm).facts |= pass_.contract.provides

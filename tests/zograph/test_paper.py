@@ -160,22 +160,3 @@ def test_staging_of_the_disk_tier_counts_as_host_memory() -> None:
     unit = found.items["slots"]
     assert found.host_bytes == 4 * unit
     assert found.bytes_moved["write"] < found.disk_bytes / 2 < 1.05 * found.bytes_moved["write"]
-
-
-@pytest.mark.slow
-def test_opt_175b_under_9_gb() -> None:
-    shape = transformers.OPTConfig(
-        vocab_size=50272, hidden_size=12288, ffn_dim=49152, word_embed_proj_dim=12288,
-        num_hidden_layers=96, num_attention_heads=96, max_position_embeddings=2048,
-        dtype=torch.float16,
-    )  # fmt: skip
-    ids = torch.empty(1, 2048, dtype=torch.int64, device="meta")
-    data = {"input_ids": ids, "attention_mask": ids, "labels": ids}
-    one = Paper(shape, batch=data)
-    card = DeviceSpec.preset("a100-80gb").with_link(25e9)
-    found = one.plan("9GB", card)
-    assert found.device_bytes <= 9e9
-    assert found.host_bytes <= 356e9
-    assert found.step_seconds <= 1.1 * found.bound_seconds
-    assert one.plan("9GB", card, "disk").host_bytes <= 16e9
-    assert one.plan("minimum", card).device_bytes < 3.1e9
