@@ -30,7 +30,8 @@ class Cell(nn.Module):
     def __init__(self, width: int = 8, **options: Any) -> None:
         super().__init__()
         self.mix, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
-        self.options: dict[str, Any] = {"tol": 1e-5, "max_iter": 99} | options
+        given: dict[str, Any] = {"tol": 1e-5, "max_iter": 99, "solver": "anderson"}
+        self.options = given | options
         with torch.no_grad():
             self.mix.weight.mul_(0.3)
 
