@@ -51,7 +51,7 @@ class RunLog:
         self.journal, self.weights.lineage = journal, journal.lineage
 
     def decide(self, **decided: Any) -> None:
-        """Note what options have come to mean, ahead of the first step; in the file, if it is begun.
+        """Note what options have come to mean, ahead of the first step; in the file, if it is there.
 
         Raises
         ------

@@ -136,6 +136,7 @@ def test_tuples_and_info_as_outputs() -> None:
             (a, b), info = zograph.fixed_point(
                 lambda a, b: (torch.tanh(b @ self.w + x), 0.5 * a[:, :2].repeat(1, 2)),
                 (torch.zeros_like(x), torch.ones_like(x)),
+                solver="anderson",
             )
             return a.sum() + b.sum(), info
 

@@ -14,9 +14,9 @@ from zograph.fixed_points.progress import FixedPointInfo
 from zograph.fixed_points.solvers import anderson, picard
 from zograph.fixed_points.state import Cell, State
 
-ROUNDS = 5
+ROUNDS = 10
 """Timed solves by each solver at most, after one that is not timed."""
-LIMIT = 0.5
+LIMIT = 2.0
 """Seconds of timed solves after which there is no other round."""
 
 

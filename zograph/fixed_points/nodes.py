@@ -2,8 +2,8 @@
 
 ``fixed_point`` is what capture leaves, ``anderson_solve`` and ``picard_solve`` what the pass
 `anderson` makes of it. All return ``(*z, iterations, residual, converged)``; a sample for which the
-cell returned NaN is NaN in z, so that the loss tells. ``trial_solve`` stands in graphs that the pass
-`trial` makes to measure; it returns what it has found behind the others.
+cell returned NaN is NaN in z, so that the loss tells. ``trial_solve`` stands in graphs that the
+pass `trial` makes to measure; it returns what it has found behind the others.
 """
 
 from __future__ import annotations
