@@ -51,7 +51,7 @@ class RunLog:
         self.journal, self.weights.lineage = journal, journal.lineage
 
     def decide(self, **decided: Any) -> None:
-        """Note what options have come to mean, ahead of the first step; in the file, if it is there.
+        """Note what `auto` has come to mean, ahead of the first step; in the file, if it is begun.
 
         Raises
         ------
@@ -217,6 +217,7 @@ def open_weights(
     return Weights(
         model, table, options.distribution, store, options.device, period, options.rounding, clipped
     )
+
 
 def warn_of_eval_mode(model: nn.Module) -> None:
     """Say once that steps run in eval mode, where that changes the model's function."""

@@ -1,4 +1,4 @@
-"""`solver="auto"` measures before the first step, records what it chose and never measures again."""
+"""`solver="auto"` measures before the first step, records what it chose and measures no more."""
 
 from __future__ import annotations
 
