@@ -212,8 +212,8 @@ class Graphs:
     def trial(self, captured: Captured, batch: Mapping[str, Any]) -> Runner | None:
         """Return what measures the fixed points that a capture leaves open; None if there are none.
 
-        Its results are for :meth:`decide`. It computes what an evaluation of the batch does up to
-        the last of them, under the same budget.
+        Its results are for :func:`choices_of`. It computes what an evaluation of the batch does up
+        to the last of them, under the same budget.
 
         Raises
         ------
@@ -227,11 +227,6 @@ class Graphs:
             return None
         one = replace(captured, dual=False)
         return self._compile(one, (captured.frame(batch),), passes, Observers.silent()).runner
-
-    def decide(self, trial: Runner, findings: Sequence[torch.Tensor]) -> None:
-        """Choose the solvers of the fixed points that a trial has measured."""
-        for node, found in zip(trial.program.results, findings, strict=True):
-            self.choices[str(meta(node).name)] = choose_solver(found)
 
     def _compile(
         self, captured: Captured, frames: Frames, passes: Pipeline, observers: Observers
@@ -315,6 +310,12 @@ class Graphs:
         leaves = [next(constants) if i is None else results[i] for i in record.out_leaves]
         assert record.out_spec is not None
         return pytree.tree_unflatten(leaves, record.out_spec)
+
+
+def choices_of(trial: Runner, findings: Sequence[torch.Tensor]) -> dict[str, Choice]:
+    """Return the solvers of the fixed points that a trial has measured, by name."""
+    names = [str(meta(node).name) for node in trial.program.results]
+    return dict(zip(names, map(choose_solver, findings), strict=True))
 
 
 def key_tables(gm: fx.GraphModule) -> dict[str, torch.Tensor]:

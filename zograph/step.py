@@ -14,7 +14,7 @@ from zograph.capture import Evaluation
 from zograph.errors import BatchError
 from zograph.export import LazyStateDict, save_pretrained, save_streamed
 from zograph.fixed_points import Choice
-from zograph.graphs import Captured, Compiled, Graphs
+from zograph.graphs import Captured, Compiled, Graphs, choices_of
 from zograph.history import Terms
 from zograph.ir import info
 from zograph.options import Options, check_lr
@@ -223,9 +223,10 @@ class ZOStep:
             return
         frame = trial.program.frame(self._graphs.leaves(captured, batch), {})
         (findings,) = self._run(trial, [frame])
-        self._graphs.decide(trial, findings)
+        choices = self._graphs.choices | choices_of(trial, findings)
         if self._log is not None:
-            self._log.decide(solvers={n: asdict(c) for n, c in self.solvers.items()})
+            self._log.decide(solvers={name: asdict(c) for name, c in choices.items()})
+        self._graphs.choices = choices
 
     def _noise(self, compiled: Compiled, seed: int) -> dict[str, torch.Tensor]:
         """Bind the noise inputs of a graph for one direction."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import zograph
 from tests.zograph.test_fixed_point_graphs import Model, batch, compiled, loss
@@ -22,7 +23,7 @@ from zograph.cli import main
 from zograph.fixed_points import Choice, SolveOptions, comparing, nodes
 from zograph.fixed_points.comparing import choose, compare, evaluations_until
 from zograph.fixed_points.progress import FixedPointInfo
-from zograph.passes import Anderson
+from zograph.passes import Anderson, lower
 from zograph.pipeline import default_passes
 from zograph.seedlog import read_log
 
@@ -219,6 +220,49 @@ def test_a_log_has_it_before_the_first_step(decide: Decide, tmp_path: Path) -> N
         assert solvers(step) == MIXED
     assert trials == []
     assert {p.name for p in tmp_path.iterdir()} == {"log"}
+
+
+def test_a_log_that_cannot_be_written_leaves_nothing_decided(
+    decide: Decide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    trials = decide(*[FORWARD] * 3, *[MIXING] * 3)
+    with compiled(auto(), log=tmp_path / "log") as step:
+        before = (tmp_path / "log").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(zograph.errors.StoreError):
+                step(**batch())
+        assert step.solvers == {}
+        assert (tmp_path / "log").read_bytes() == before
+        take(step, range(1))
+        assert set(solvers(step).values()) == {"anderson"}
+    found = read_log(tmp_path / "log")
+    assert [c["solver"] for c in found.header.decided["solvers"].values()] == ["anderson"] * 3
+    assert len(trials) == 6
+    assert {p.name for p in tmp_path.iterdir()} == {"log"}
+
+
+def test_the_step_uses_the_cells_that_a_trial_compiled(
+    decide: Decide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells: list[bool] = []
+
+    def compile_body(body: fx.GraphModule) -> fx.GraphModule:
+        cells.append(any(n.target is torch.ops.aten.tanh.default for n in body.graph.nodes))
+        return body
+
+    monkeypatch.setattr(lower, "compile_body", compile_body)
+    decide(FORWARD, MIXING, FORWARD)
+    compiled(auto(), backend="inductor").prepare(**batch())
+    of_auto = list(cells)
+    cells.clear()
+    compiled(Model(3), backend="inductor").prepare(**batch())
+    assert of_auto[0]  # in the trial, which compiles no more than that
+    assert of_auto.count(True) == cells.count(True) == 1
+    assert of_auto.count(False) == cells.count(False) > 0
 
 
 def test_a_log_without_an_entry_mixes(decide: Decide, tmp_path: Path) -> None:
