@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,9 @@ from zograph.capture import Capture, LossFn, capture
 from zograph.device import DeviceSpec
 from zograph.elision import PERIODS, choose_period
 from zograph.errors import CaptureError
-from zograph.ir import clone, info
+from zograph.fixed_points.comparing import Choice
+from zograph.fixed_points.comparing import choose as choose_solver
+from zograph.ir import clone, info, meta
 from zograph.layout import Layout
 from zograph.looks import shared_results
 from zograph.memory import give_back, return_large_blocks, uncollected
@@ -26,6 +28,7 @@ from zograph.observers import Observers
 from zograph.options import Options
 from zograph.parameters import check_keys
 from zograph.passes import PassContext
+from zograph.passes.anderson import open_points
 from zograph.passes.schedule import predicted_seconds
 from zograph.pipeline import Pipeline, run
 from zograph.planner import Request, choose
@@ -76,10 +79,23 @@ class Graphs:
     Which graph serves a batch depends on that batch alone: the levels of
     :mod:`zograph.signature` are tried in order, and a capture's success is a function of
     its signature. Under a budget a graph is planned for the batch's sizes.
+
+    Parameters
+    ----------
+    choices
+        What was measured of fixed points before, by name.
     """
 
-    def __init__(self, model: nn.Module, options: Options, weights: Weights) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        weights: Weights,
+        choices: Mapping[str, Choice] | None = None,
+    ) -> None:
         self.model = model
+        self.choices = dict(choices or {})
+        """What was measured of fixed points that leave their solver open, by name."""
         self.options = options
         self.weights = weights
         self.last: Compiled | None = None
@@ -190,15 +206,35 @@ class Graphs:
         """
         key = tuple(tuple(f.values()) for f in frames) if self.streamed else None
         if key not in captured.compiled:
-            with shared_results():
-                captured.compiled[key] = self._compile(captured, frames)
+            passes = self.options.passes if captured.dual else self.options.passes.for_evaluation()
+            captured.compiled[key] = self._compile(captured, frames, passes, Observers())
         self.last = captured.compiled[key]
         return self.last
 
-    def _compile(self, captured: Captured, frames: Frames) -> Compiled:
-        options = self.options
-        passes = options.passes if captured.dual else options.passes.for_evaluation()
-        observers, start = Observers(), time.perf_counter()
+    def trial(self, captured: Captured, batch: Mapping[str, Any]) -> Runner | None:
+        """Return what measures the fixed points that a capture leaves open; None if there are none.
+
+        Its results are for :func:`choices_of`. It computes what an evaluation of the batch does up
+        to the last of them, under the same budget.
+
+        Raises
+        ------
+        PlanError
+            If that does not fit the budget.
+        """
+        passes = self.options.passes.for_trial()
+        if captured.compiled or passes is None:
+            return None  # what has been compiled is decided
+        if not open_points(captured.capture.gm, self.choices):
+            return None
+        one = replace(captured, dual=False)
+        return self._compile(one, (captured.frame(batch),), passes, Observers.silent()).runner
+
+    @shared_results()
+    def _compile(
+        self, captured: Captured, frames: Frames, passes: Pipeline, observers: Observers
+    ) -> Compiled:
+        options, start = self.options, time.perf_counter()
         seconds, layout = {"capture": captured.seconds}, None
         if self.streamed:
             layout = self._plan(captured, passes, frames)
@@ -223,6 +259,7 @@ class Graphs:
             o.directions,
             period,
             rounding=o.rounding,
+            solvers={name: choice.solver for name, choice in self.choices.items()},
             eps=o.eps,
             mixing=o.anderson,
             by_rows=self.by_rows,
@@ -281,6 +318,12 @@ class Graphs:
         leaves = [next(constants) if i is None else results[i] for i in record.out_leaves]
         assert record.out_spec is not None
         return pytree.tree_unflatten(leaves, record.out_spec)
+
+
+def choices_of(trial: Runner, findings: Sequence[torch.Tensor]) -> dict[str, Choice]:
+    """Return the solvers of the fixed points that a trial has measured, by name."""
+    names = [str(meta(node).name) for node in trial.program.results]
+    return dict(zip(names, map(choose_solver, findings), strict=True))
 
 
 def key_tables(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
