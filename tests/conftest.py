@@ -33,13 +33,21 @@ SPEC = DeviceSpec(
 CAPTURED_ONCE = (
     "test_contract",
     "test_elision",
+    "test_engine",
+    "test_file",
+    "test_journal",
+    "test_journal_errors",
     "test_low_bit",
     "test_meter",
     "test_offload",
     "test_offload_errors",
     "test_offload_gpu",
+    "test_pieces",
     "test_planner",
     "test_replaying",
+    "test_resume",
+    "test_resume_losses",
+    "test_trajectory",
 )
 """Files whose tests share captures: they are about what is made of one."""
 MEASURING = ("test_device", "test_doctor")
