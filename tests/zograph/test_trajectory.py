@@ -175,6 +175,16 @@ def test_noisy_losses_close_the_gate_for_longer_and_longer() -> None:
     assert np.all(np.diff(np.diff(probes)) > 0)
 
 
+def test_a_rise_that_no_gradient_explains_takes_the_iterate_back_too() -> None:
+    state, _ = measured(State(), [(1.5, 0.5), (1.0, 1.0)])
+    at = state.points[-1]
+    state, back = measured(state, [(100.0, 100.0), (100.0, 100.0)])
+    assert (state.closed, state.rejected) == (1, 0)
+    assert not state.points
+    assert back is not None
+    assert at[0] + back[0] == pytest.approx(-0.025)
+
+
 def test_a_loss_that_rose_takes_the_iterate_back() -> None:
     state, first = measured(State(), [(1.5, 0.5), (1.0, 1.0)])  # gradient (1, 0), loss 1
     assert first is not None

@@ -88,14 +88,16 @@ def advance(
     if last == 0:
         return _go(behind, plain, None)
     noise = noise_ratio(points, grads, values)
-    if noise > options.gate:
-        behind = replace(behind, closed=state.closed + 1)
-        return _leave(behind)
-    best = values.index(min(values))
-    if best != last:
+    noisy, best = noise > options.gate, values.index(min(values))
+    if noisy or best != last:
+        if noisy:
+            behind = replace(behind, closed=state.closed + 1)
+        else:
+            behind = replace(behind, rejected=state.rejected + 1)
+        if best == last:
+            return _leave(behind)
         back = plus(points[best], -rate / 2, grads[best])
-        coefs = _rounded(plus(back, -1.0, points[last]))
-        return _leave(replace(behind, rejected=state.rejected + 1))[0], coefs
+        return _leave(behind)[0], _rounded(plus(back, -1.0, points[last]))
     first = max(0, last - options.window)
     found = mix(
         points[first:],
