@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zograph.cli import (
+    anderson,
     bench_accuracy,
     bench_gpu,
     bench_noise,
@@ -54,6 +55,7 @@ def add_parser(subparsers: Any) -> None:
     bench_replay.add_parser(kinds)
     bench_transfers.add_parser(kinds)
     bench_noise.add_parser(kinds)
+    anderson.add_parser(kinds)
 
 
 def run(args: argparse.Namespace) -> int:
