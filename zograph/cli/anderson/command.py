@@ -22,8 +22,8 @@ from zograph.cli.inputs import InputError, integer, number
 from zograph.cli.output import check_file
 
 PARTS = ("solvers", "mixing", "training")
-TRAINING_SIZE = 16
-"""The images are shrunk to so many pixels a side where the model is trained."""
+SIDES = (4, 8, 16, 32)
+"""Pixels a side that the images can be shrunk to."""
 
 
 def add_parser(kinds: Any) -> None:
@@ -47,6 +47,10 @@ def add_parser(kinds: Any) -> None:
     add("--cells", nargs="+", type=cell, default=[TRAINED, "0.95", "0.99"], metavar="CELL",
         help="trained, or a factor that the trained cell is scaled to contract by")  # fmt: skip
     add("--batch", type=integer(2), default=100, metavar="B", help="images")
+    add("--pixels", type=int, choices=SIDES, default=32, metavar="N",
+        help="the images' side in solvers and mixing (default: %(default)s)")  # fmt: skip
+    add("--train-pixels", type=int, choices=SIDES, default=16, metavar="N",
+        help="and where the model is trained (default: %(default)s)")  # fmt: skip
     add("--threads", type=integer(1), default=2, metavar="N")
     add("--rounds", type=integer(1), default=3, metavar="N")
     add("--tol", nargs="+", type=number(above=0), default=[1e-3, 1e-4], metavar="T")
@@ -58,6 +62,8 @@ def add_parser(kinds: Any) -> None:
         "--train-seconds", type=number(above=0), default=60.0, metavar="S", help="of a training run"
     )
     add("--seeds", nargs="+", type=integer(0), default=[0, 1, 2], metavar="N", help="of training")
+    add("--checks", type=integer(2), default=8, metavar="N",
+        help="tests in a training run; those of its second half tell the fluctuation")  # fmt: skip
     add("--tested", type=integer(1), default=300, metavar="N", help="images of a test")
     add("--json", type=Path, metavar="FILE", help="write all numbers here")
     add("--plot", type=Path, metavar="FOLDER", help="draw into this folder; needs matplotlib")
@@ -89,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, full: Images) -> dict[str, Any]:
     """Run the parts; print the table of each."""
-    small = replace(full, train_x=shrunk(full.train_x), test_x=shrunk(full.test_x))
+    side = args.train_pixels
+    small = replace(full, train_x=shrunk(full.train_x, side), test_x=shrunk(full.test_x, side))
     trained = obtain(args, small)
     result: dict[str, Any] = {
         "images": full.source,
@@ -99,7 +106,7 @@ def measure(args: argparse.Namespace, full: Images) -> dict[str, Any]:
         "torchdeq": find_spec("torchdeq") is not None,
     }
     print(f"{full.source}, batch {args.batch}, {args.threads} threads, torch {torch.__version__}")
-    pixels = full.test_x[: args.batch]
+    pixels = shrunk(full.test_x[: args.batch], args.pixels)
     if "solvers" in args.parts:
         if not result["torchdeq"]:
             print("torchdeq is not installed: its column is left out (pip install torchdeq)")
@@ -141,6 +148,6 @@ def obtain(args: argparse.Namespace, small: Images) -> Classifier:
     return model
 
 
-def shrunk(pixels: Tensor) -> Tensor:
-    """Shrink images to those that the model is trained on, by averages."""
-    return avg_pool2d(pixels, images.SIZE // TRAINING_SIZE)
+def shrunk(pixels: Tensor, side: int) -> Tensor:
+    """Shrink images to `side` x `side` pixels by averages."""
+    return avg_pool2d(pixels, images.SIZE // side)

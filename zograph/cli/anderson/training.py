@@ -17,9 +17,6 @@ import zograph
 from zograph.cli.anderson.images import Images
 from zograph.cli.anderson.model import BATCH, LR, SMOOTH, Classifier, batches, objective
 
-CHECKS = 8
-"""Times that a run is tested; the later half tells how much the accuracy fluctuates."""
-
 ZO: dict[str, Any] = {"lr": 1e-4, "eps": 1e-2, "backend": "eager", "device": "cpu"}
 TESTED = 100
 """Images a batch in a test."""
@@ -64,8 +61,8 @@ def trained_for(
     taken, steps = 0.0, 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(did not reach tol|samples diverged)")
-        for check in range(1, CHECKS + 1):
-            while taken < args.train_seconds * check / CHECKS:
+        for check in range(1, args.checks + 1):
+            while taken < args.train_seconds * check / args.checks:
                 batch = next(found)
                 start = time.perf_counter()
                 train(*batch)
@@ -79,7 +76,7 @@ def trained_for(
         "seconds": taken,
         "accuracies": accuracies,
         "accuracy": accuracies[-1],
-        "fluctuation": statistics.stdev(accuracies[-CHECKS // 2 :]),
+        "fluctuation": statistics.stdev(accuracies[args.checks // 2 :]),
         "inference_seconds": seconds,
     }
 
