@@ -20,8 +20,8 @@ from zograph.cli.anderson.images import CLASSES
 CHANNELS, INNER, GROUPS, GRID = 48, 64, 8, 4
 BATCH, LR = 32, 1e-3
 
-SMOOTH = 3.0
-"""The weight of :func:`roughness` in the loss."""
+SMOOTH, POWER = 1.0, 4
+"""The weight of :func:`stretch` in the loss, and its steps of the power iteration."""
 
 
 class Cell(nn.Module):
@@ -75,16 +75,23 @@ class Classifier(nn.Module):
         return self.classify(self.solve(self.stem(images)))
 
 
-def roughness(cell: Cell, z: Tensor, x: Tensor) -> Tensor:
-    """Estimate the mean square of the singular values of the cell's Jacobian at z.
+def stretch(cell: Cell, z: Tensor, x: Tensor) -> Tensor:
+    """Estimate the mean square of the spectral radii of the samples' Jacobians at z.
 
-    ``||v^T J||^2 / d`` with normal v (Hutchinson; Bai, Koltun and Kolter 2021), differentiable for
-    the weights.
+    The square of ``||J^T v||`` for the unit v of each sample that a few steps of the power
+    iteration lead to; differentiable for the weights.
     """
     z = z.detach().requires_grad_()
     value = cell(z, x)
-    (found,) = torch.autograd.grad(value, z, torch.randn_like(value), create_graph=True)
-    return found.square().mean()
+    v = torch.randn_like(value)
+    for _ in range(POWER):
+        (v,) = torch.autograd.grad(value, z, _unit(v), retain_graph=True)
+    (found,) = torch.autograd.grad(value, z, _unit(v), create_graph=True)
+    return found.square().flatten(1).sum(dim=1).mean()
+
+
+def _unit(v: Tensor) -> Tensor:
+    return v / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
 def batches(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -96,11 +103,11 @@ def batches(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor,
 
 
 def objective(model: Classifier, pixels: Tensor, labels: Tensor, smooth: float) -> Tensor:
-    """Return the loss of a batch: cross entropy, and :func:`roughness` times `smooth`."""
+    """Return the loss of a batch: cross entropy, and :func:`stretch` times `smooth`."""
     x = model.stem(pixels)
     z = model.solve(x)
-    rough = roughness(model.cell, z, x.detach())
-    return cross_entropy(model.classify(z), labels) + smooth * rough
+    spread = stretch(model.cell, z, x.detach())
+    return cross_entropy(model.classify(z), labels) + smooth * spread
 
 
 def train(pixels: Tensor, labels: Tensor, steps: int) -> Classifier:
