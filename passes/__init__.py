@@ -1,7 +1,8 @@
 """The passes, in the order in which they run.
 
 normalize -> chunk -> partition -> hoist -> dual_perturbation -> materialize -> anderson ->
-outline -> gather -> offload -> schedule -> lower
+outline -> gather -> offload -> schedule -> lower; trial ahead of partition where fixed points are
+measured.
 """
 
 from zograph.passes.anderson import Anderson
@@ -17,6 +18,7 @@ from zograph.passes.offload import Offload
 from zograph.passes.outline import Outline
 from zograph.passes.partition import Partition
 from zograph.passes.schedule import Schedule
+from zograph.passes.trial import Trial
 
 __all__ = [
     "Anderson",
@@ -35,4 +37,5 @@ __all__ = [
     "PassContext",
     "PassResult",
     "Schedule",
+    "Trial",
 ]

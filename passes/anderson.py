@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -39,9 +39,10 @@ class Anderson(Pass):
 
     A call that names its solver gets it. Where ``solver="auto"``, the mode says: ``always`` mixes,
     ``off`` iterates forward, ``auto`` does what the context's `solvers` has for this fixed point,
-    and mixes where it has nothing. Nothing is measured here: what a measurement has found must be
-    recorded before it may decide bits. A fixed point goes by the path of the module that calls it,
-    the second one of a module by the path with ``#1`` behind; both branches get the same solver.
+    and mixes where it has nothing. Nothing is measured here: the pass `trial` makes a graph that
+    does, which runs before the first step, and what it finds is recorded before it decides bits. A
+    fixed point goes by the path of the module that calls it, the second one of a module by the path
+    with ``#1`` behind; both branches get the same solver.
 
     Requires: ``partitioned``. Ensures: fact ``solved``; no undecided fixed point ahead of
     ``outline``; a warning where a tolerance is looser than eps. Numerics: changes, by no more than
@@ -106,7 +107,10 @@ def share_directions(gm: fx.GraphModule, ctx: PassContext) -> str:
 
 
 def fixed_points(gm: fx.GraphModule) -> dict[fx.Node, str]:
-    """Return the undecided fixed points in order, each with the name that its decision goes by."""
+    """Return the undecided fixed points in order, each with the name that its decision goes by.
+
+    A graph of one branch has the names of one with two, whose hoisted nodes belong to both.
+    """
     count: Counter[Any] = Counter()
     found = {}
     for node in gm.graph.nodes:
@@ -114,10 +118,17 @@ def fixed_points(gm: fx.GraphModule) -> dict[fx.Node, str]:
             record = meta(node)
             path = record.module[-1][0] if record.module else ""
             path = path.removeprefix("L__self__").removeprefix("model").lstrip(".") or "model"
-            number = count[path, record.branch]
-            count[path, record.branch] += 1
+            branches = (record.branch,) if record.branch else ("+", "-")
+            number = count[path, branches[0]]
+            count.update((path, branch) for branch in branches)
             found[node] = f"{path}#{number}" if number else path
     return found
+
+
+def open_points(gm: fx.GraphModule, known: Container[str]) -> dict[fx.Node, str]:
+    """Return the fixed points that leave their solver open and are not among the known ones."""
+    points = fixed_points(gm).items()
+    return {n: name for n, name in points if n.kwargs["solver"] == "auto" and name not in known}
 
 
 def check_tolerance(gm: fx.GraphModule, node: fx.Node, eps: float | None) -> None:

@@ -67,7 +67,7 @@ class PassContext:
         device.
     solvers
         For fixed points that leave their solver open, ``anderson`` or ``picard`` by name, as
-        decided and recorded before.
+        measured before the first step and recorded.
     eps
         The perturbation, where it is known.
     mixing

@@ -58,6 +58,9 @@ class Lower(Pass):
     anew and cut alike. Raises: what Inductor raises.
     """
 
+    bodies: bool = True
+    """Whether bodies are compiled, or the cells in them alone."""
+
     name: ClassVar[str] = "lower"
     contract: ClassVar[Contract] = Contract(
         requires=frozenset({"outlined"}),
@@ -70,6 +73,8 @@ class Lower(Pass):
             return PassResult(gm, False, ("backend is eager: bodies run as graphs",))
         graphs = Counter[str]()
         for owner, name in places(gm):
+            if owner is gm and not self.bodies:
+                continue
             graph = owner.get_submodule(name)
             if not isinstance(graph, fx.GraphModule):
                 continue  # compiled already

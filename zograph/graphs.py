@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,13 +18,16 @@ from zograph.capture import Capture, LossFn, capture
 from zograph.device import DeviceSpec
 from zograph.elision import PERIODS, choose_period
 from zograph.errors import CaptureError
-from zograph.ir import clone, info
+from zograph.fixed_points.comparing import Choice
+from zograph.fixed_points.comparing import choose as choose_solver
+from zograph.ir import clone, info, meta
 from zograph.layout import Layout
 from zograph.memory import give_back, return_large_blocks
 from zograph.observers import Observers
 from zograph.options import Options
 from zograph.parameters import check_keys
 from zograph.passes import PassContext
+from zograph.passes.anderson import open_points
 from zograph.pipeline import Pipeline, run
 from zograph.planner import Request, choose
 from zograph.runtime import Program, Runner
@@ -74,10 +77,23 @@ class Graphs:
     Which graph serves a batch depends on that batch alone: the levels of
     :mod:`zograph.signature` are tried in order, and a capture's success is a function of
     its signature. Under a budget a graph is planned for the batch's sizes.
+
+    Parameters
+    ----------
+    choices
+        What was measured of fixed points before, by name.
     """
 
-    def __init__(self, model: nn.Module, options: Options, weights: Weights) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        weights: Weights,
+        choices: Mapping[str, Choice] | None = None,
+    ) -> None:
         self.model = model
+        self.choices = dict(choices or {})
+        """What was measured of fixed points that leave their solver open, by name."""
         self.options = options
         self.weights = weights
         self.last: Compiled | None = None
@@ -188,14 +204,39 @@ class Graphs:
         """
         key = tuple(tuple(f.values()) for f in frames) if self.streamed else None
         if key not in captured.compiled:
-            captured.compiled[key] = self._compile(captured, frames)
+            passes = self.options.passes if captured.dual else self.options.passes.for_evaluation()
+            captured.compiled[key] = self._compile(captured, frames, passes, Observers())
         self.last = captured.compiled[key]
         return self.last
 
-    def _compile(self, captured: Captured, frames: Frames) -> Compiled:
-        options = self.options
-        passes = options.passes if captured.dual else options.passes.for_evaluation()
-        observers, start = Observers(), time.perf_counter()
+    def trial(self, captured: Captured, batch: Mapping[str, Any]) -> Runner | None:
+        """Return what measures the fixed points that a capture leaves open; None if there are none.
+
+        Its results are for :meth:`decide`. It computes what an evaluation of the batch does up to
+        the last of them, under the same budget.
+
+        Raises
+        ------
+        PlanError
+            If that does not fit the budget.
+        """
+        passes = self.options.passes.for_trial()
+        if captured.compiled or passes is None:
+            return None  # what has been compiled is decided
+        if not open_points(captured.capture.gm, self.choices):
+            return None
+        one = replace(captured, dual=False)
+        return self._compile(one, (captured.frame(batch),), passes, Observers.silent()).runner
+
+    def decide(self, trial: Runner, findings: Sequence[torch.Tensor]) -> None:
+        """Choose the solvers of the fixed points that a trial has measured."""
+        for node, found in zip(trial.program.results, findings, strict=True):
+            self.choices[str(meta(node).name)] = choose_solver(found)
+
+    def _compile(
+        self, captured: Captured, frames: Frames, passes: Pipeline, observers: Observers
+    ) -> Compiled:
+        options, start = self.options, time.perf_counter()
         seconds, layout = {"capture": captured.seconds}, None
         if self.streamed:
             layout = self._plan(captured, passes, frames)
@@ -220,6 +261,7 @@ class Graphs:
             o.directions,
             period,
             rounding=o.rounding,
+            solvers={name: choice.solver for name, choice in self.choices.items()},
             eps=o.eps,
             mixing=o.anderson,
             by_rows=self.by_rows,

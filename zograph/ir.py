@@ -64,7 +64,8 @@ class NodeMeta:
 
     kind: Kind = Kind.OP
     name: str | None = None
-    """Of a placeholder: the parameter's or buffer's name, the batch path, the noise input."""
+    """Of a placeholder: the parameter's or buffer's name, the batch path, the noise input. Of what
+    was measured of a fixed point: the fixed point's."""
     module: tuple[tuple[str, str], ...] = ()
     """Modules around the call, outermost first: (call path, qualified class name)."""
     stage: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -25,6 +25,7 @@ from zograph.passes import (
     Pass,
     PassContext,
     Schedule,
+    Trial,
 )
 
 DUAL = frozenset({"dual", "materialized"})
@@ -106,6 +107,16 @@ class Pipeline:
         """Return the passes that apply to a graph without branches."""
         contracts = [(p, p.contract) for p in self.passes]
         return Pipeline(tuple(p for p, c in contracts if not (c.requires | c.provides) & DUAL))
+
+    def for_trial(self) -> Pipeline | None:
+        """Return the passes of a graph that measures fixed points; None if none may be open.
+
+        It runs once, so that of its stages the cells alone are compiled.
+        """
+        if not any(isinstance(p, Anderson) and p.mode == "auto" for p in self.passes):
+            return None
+        lowered = (replace(p, bodies=False) if isinstance(p, Lower) else p for p in self.passes)
+        return Pipeline(tuple(lowered)).for_evaluation().insert_before("partition", Trial())
 
     def validate(self, given: frozenset[str] = frozenset()) -> None:
         """Check the order against the contracts.

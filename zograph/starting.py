@@ -6,19 +6,21 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from zograph.clipping import Clipped
+from zograph.fixed_points import Choice
 from zograph.formats import with_format
 from zograph.ir import ParamInfo
 from zograph.options import Options
 from zograph.parameters import parameter_table
 from zograph.pieces import cut_tables
 from zograph.records import Outcome
-from zograph.seedlog import Journal, LogFile, LogHeader
+from zograph.seedlog import Journal, LogFile, LogHeader, read_log
 from zograph.seedlog.identity import check, header_of
-from zograph.seedlog.placing import check_absent
+from zograph.seedlog.placing import check_absent, place
 from zograph.stores.base import Store
 from zograph.stores.disk import Belongs, DiskStore
 from zograph.stores.folder import open_work_folder, work_folder
@@ -48,6 +50,21 @@ class RunLog:
         """Write into this file; stored values name it from now on."""
         self.journal, self.weights.lineage = journal, journal.lineage
 
+    def decide(self, **decided: Any) -> None:
+        """Note what `auto` has come to mean, ahead of the first step; in the file, if it is begun.
+
+        Raises
+        ------
+        StoreError
+            If it cannot be written, or another run has taken the file meanwhile.
+        """
+        known = self.header.decided | decided
+        self.header = dataclasses.replace(self.header, decided=known)
+        if self.journal is not None:
+            place(self.path, self.header.pack(), over=True)
+            self.journal.close()
+            self.use(Journal(read_log(self.path), self.fsync_every))
+
     def begin(self) -> Journal:
         """Make the file, with what the weights' fold period has come to be.
 
@@ -59,7 +76,8 @@ class RunLog:
         header, period = self.header, self.weights.history.every
         if header.options["fold_every"] == "auto":
             options = header.options | {"fold_every": period}
-            header = dataclasses.replace(header, options=options, decided={"fold_every": period})
+            decided = header.decided | {"fold_every": period}
+            header = dataclasses.replace(header, options=options, decided=decided)
         journal = Journal.create(self.path, header, self.fsync_every)
         self.use(journal)
         return journal
@@ -92,6 +110,12 @@ class RunLog:
         """Flush and let go; twice is fine."""
         if self.journal is not None:
             self.journal.close()
+
+
+def recorded_choices(logged: LogFile | None) -> dict[str, Choice]:
+    """Return what a log has of the fixed points that left their solver open."""
+    found = {} if logged is None else logged.header.decided.get("solvers", {})
+    return {name: Choice(**choice) for name, choice in found.items()}
 
 
 def open_run(
@@ -193,3 +217,22 @@ def open_weights(
     return Weights(
         model, table, options.distribution, store, options.device, period, options.rounding, clipped
     )
+
+
+def warn_of_eval_mode(model: nn.Module) -> None:
+    """Say once that steps run in eval mode, where that changes the model's function."""
+    active = [
+        name or type(m).__name__
+        for name, m in model.named_modules()
+        if m.training
+        and (
+            (isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0)
+            or isinstance(m, nn.modules.batchnorm._BatchNorm)
+        )
+    ]
+    if active:
+        warnings.warn(
+            f"steps run in eval mode: dropout and batch norm ({active[0]} and {len(active) - 1} "
+            f"more) behave as in evaluation. model.training itself is left as it is.",
+            stacklevel=4,
+        )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx, nn
 from zograph.capture import Evaluation
 from zograph.errors import BatchError
 from zograph.export import LazyStateDict, save_pretrained, save_streamed
+from zograph.fixed_points import Choice
 from zograph.graphs import Captured, Compiled, Graphs
 from zograph.history import Terms
 from zograph.ir import info
@@ -23,7 +24,7 @@ from zograph.records import Outcome, StepRecord
 from zograph.runtime import Frame, Runner
 from zograph.schedule import Schedule
 from zograph.seedlog import LogFile
-from zograph.starting import open_run
+from zograph.starting import open_run, recorded_choices, warn_of_eval_mode
 from zograph.trajectory.control import State
 from zograph.trajectory.path import Trajectory
 
@@ -51,7 +52,7 @@ class ZOStep:
         self._weights, self._log = open_run(model, self._lr, options, logged)
         self._steps = self._weights.history.newest
         self._outcome = logged.last() if logged else None
-        self._graphs = Graphs(model, options, self._weights)
+        self._graphs = Graphs(model, options, self._weights, recorded_choices(logged))
         self._running: Runner | None = None
 
     def __repr__(self) -> str:
@@ -78,6 +79,14 @@ class ZOStep:
     def fold_every(self) -> int | None:
         """Steps from one write of a streamed weight to the next; None: not decided yet."""
         return self._weights.history.every if self._graphs.decided else None
+
+    @property
+    def solvers(self) -> dict[str, Choice]:
+        """How fixed points that leave their solver open are solved, and what was measured of each.
+
+        By the path of the calling module. One that is not in it is solved by Anderson mixing.
+        """
+        return dict(self._graphs.choices)
 
     @property
     def mixing(self) -> State | None:
@@ -147,7 +156,7 @@ class ZOStep:
         return self._graphs.last
 
     def prepare(self, **batch: Any) -> None:
-        """Capture and compile for a batch without running anything.
+        """Capture and compile for a batch; run nothing but what measures fixed points, if any.
 
         Raises
         ------
@@ -155,6 +164,7 @@ class ZOStep:
             As a step on this batch would.
         """
         captured = self._graphs.training(batch)
+        self._decide(captured, batch)
         self._graphs.compiled(captured, (captured.frame(batch),) * self.options.directions)
 
     def __call__(
@@ -202,8 +212,20 @@ class ZOStep:
     ) -> tuple[Compiled, list[dict[str, Any]]]:
         """Return the compiled graph for batches of one capture, and their leaves."""
         leaves = [self._graphs.leaves(captured, batch) for batch in batches]
+        self._decide(captured, batches[0])
         frames = tuple(captured.frame(batch) for batch in batches) * self.options.directions
         return self._graphs.compiled(captured, frames), leaves
+
+    def _decide(self, captured: Captured, batch: Mapping[str, Any]) -> None:
+        """Measure the fixed points that leave their solver open, before the first step alone."""
+        trial = None if self._steps else self._graphs.trial(captured, batch)
+        if trial is None:
+            return
+        frame = trial.program.frame(self._graphs.leaves(captured, batch), {})
+        (findings,) = self._run(trial, [frame])
+        self._graphs.decide(trial, findings)
+        if self._log is not None:
+            self._log.decide(solvers={n: asdict(c) for n, c in self.solvers.items()})
 
     def _noise(self, compiled: Compiled, seed: int) -> dict[str, torch.Tensor]:
         """Bind the noise inputs of a graph for one direction."""
@@ -285,6 +307,7 @@ class ZOStep:
         bare = loss_fn is not None and not fits(loss_fn, batch)
         captured = self._graphs.evaluation(batch, None if bare else loss_fn)
         leaves = self._graphs.leaves(captured, batch)
+        self._decide(captured, batch)
         compiled = self._graphs.compiled(captured, (captured.frame(batch),))
         frame = compiled.runner.program.frame(leaves, {})
         (results,) = self._run(compiled.runner, [frame])
@@ -372,22 +395,3 @@ class ZOStep:
         from zograph import viz  # graphviz is wanted here alone
 
         return viz.draw(self.graph, path, fold=fold)
-
-
-def warn_of_eval_mode(model: nn.Module) -> None:
-    """Say once that steps run in eval mode, where that changes the model's function."""
-    active = [
-        name or type(m).__name__
-        for name, m in model.named_modules()
-        if m.training
-        and (
-            (isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0)
-            or isinstance(m, nn.modules.batchnorm._BatchNorm)
-        )
-    ]
-    if active:
-        warnings.warn(
-            f"steps run in eval mode: dropout and batch norm ({active[0]} and {len(active) - 1} "
-            f"more) behave as in evaluation. model.training itself is left as it is.",
-            stacklevel=4,
-        )

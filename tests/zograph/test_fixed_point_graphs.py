@@ -30,7 +30,8 @@ class Cell(nn.Module):
     def __init__(self, width: int = 8, **options: Any) -> None:
         super().__init__()
         self.mix, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
-        self.options: dict[str, Any] = {"tol": 1e-5, "max_iter": 99} | options
+        given: dict[str, Any] = {"tol": 1e-5, "max_iter": 99, "solver": "anderson"}
+        self.options = given | options
         with torch.no_grad():
             self.mix.weight.mul_(0.3)
 
@@ -135,6 +136,7 @@ def test_tuples_and_info_as_outputs() -> None:
             (a, b), info = zograph.fixed_point(
                 lambda a, b: (torch.tanh(b @ self.w + x), 0.5 * a[:, :2].repeat(1, 2)),
                 (torch.zeros_like(x), torch.ones_like(x)),
+                solver="anderson",
             )
             return a.sum() + b.sum(), info
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zograph.cli.inputs import FORMATS, integer, number
+from zograph.errors import OptionError
+from zograph.trajectory.options import Anderson
 
 TASKS = ("sequence-classification", "causal-lm")
 
@@ -67,6 +69,13 @@ def add_training(group: Any) -> None:
     group.add_argument("--weight-decay", type=number(minimum=0), default=0.0)
     group.add_argument("--directions", type=integer(1), default=1, metavar="N")
     group.add_argument("--distribution", choices=("normal", "rademacher"), default="normal")
+    group.add_argument(
+        "--anderson",
+        type=cycle,
+        metavar="QxK",
+        help="mix the trajectory by Anderson extrapolation, in cycles of K steps that share Q "
+        "directions, for example 16x8 (default: plain steps, or the log's)",
+    )
     group.add_argument("--seed", type=integer(0), default=0)
     group.add_argument(
         "--train", metavar="REGEX", help="train the parameters whose names match (default: all)"
@@ -123,6 +132,17 @@ def add_log(group: Any) -> None:
         metavar="N",
         help="steps that a loss of power may cost; 0: as the system has it (default: %(default)s)",
     )
+
+
+def cycle(text: str) -> Anderson:
+    """Parse directions and inner steps of a mixed trajectory."""
+    directions, by, steps = text.partition("x")
+    if not (by and directions.isdecimal() and steps.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not directions x steps, such as 16x8")
+    try:
+        return Anderson(directions=int(directions), inner_steps=int(steps))
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def period(text: str) -> int | Literal["auto"]:

@@ -98,6 +98,7 @@ def tail(log: LogFile) -> str:
 def summary(log: LogFile, newest: int) -> Iterator[str]:
     """Yield the lines of what a log says of its run, and its newest steps."""
     from zograph.seedlog import columns
+    from zograph.starting import recorded_choices
 
     header, engine = log.header, log.header.engine
     yield (
@@ -110,9 +111,11 @@ def summary(log: LogFile, newest: int) -> Iterator[str]:
         f"run      zograph {header.zograph}, torch {engine['torch']}, {engine['device']}, backend "
         f"{engine['backend']}, {engine['threads']} threads"
     )
-    decided = {name: f"auto, so {value}" for name, value in header.decided.items()}
+    decided = {n: f"auto, so {v}" for n, v in header.decided.items() if n in header.options}
     shown = header.options | decided
     yield f"options  {', '.join(f'{name} {value}' for name, value in sorted(shown.items()))}"
+    for name, choice in recorded_choices(log).items():
+        yield f"solver   {name}: auto, so {choice}"
     yield f"model    {header.model}, trained {header.trained}, base {header.base}"
     if not len(log):
         yield f"steps    none yet; lr {header.lr:g}"

@@ -34,6 +34,7 @@ from zograph.cli.sets import Sets, make_sets
 from zograph.output import OutputFolder
 from zograph.seedlog import LogFile, read_log
 from zograph.seedlog.columns import mean_losses
+from zograph.trajectory.control import State
 
 
 def finetune(args: argparse.Namespace) -> int:
@@ -114,6 +115,8 @@ def run(args: argparse.Namespace, stack: ExitStack) -> int:
         for name, score_after in after.items():
             print(f"change   {name.replace('_', '-'):<9} {change(before[name], score_after)}")
     print(f"time     {seconds:.1f} s for {done - first} steps, with compilation")
+    if step.mixing is not None:
+        print(f"mixing   {describe_mixing(step.mixing)}")
     if step.streamed:
         print(f"memory   {describe_plan(step.plan)}")
     good = True
@@ -180,8 +183,9 @@ def open_step(args: argparse.Namespace, model: Any, logged: LogFile | None) -> z
         "rounding": args.rounding,
         "fsync_every": args.fsync_every,
     }
-    if args.fold_every is not None:
-        options["fold_every"] = args.fold_every
+    for name in ("fold_every", "anderson"):  # where not given, they are the log's
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
     if logged is None:
         return zograph.compile(model, log=args.log, **options)
     with warnings.catch_warnings(record=True) as caught:
@@ -198,6 +202,14 @@ def describe_plan(plan: zograph.Plan) -> str:
     return (
         f"{plan.device_bytes / 1e6:.1f} MB a step by plan, {plan.resident} of {plan.parameters} "
         f"tensors stay; {moved or 'nothing'} a step"
+    )
+
+
+def describe_mixing(state: State) -> str:
+    """Say how often the gate of a mixed trajectory was open."""
+    return (
+        f"{state.mixed} of {state.step} steps mixed; {state.cycles} cycles, {state.closed} too "
+        f"noisy, {state.rejected} rejected, {state.slow} too slow"
     )
 
 

@@ -57,7 +57,9 @@ def fixed_point(
     max_iter : int
         Most evaluations of `f`.
     solver : {"auto", "anderson", "picard"}
-        Anderson mixing or forward iteration. ``auto`` leaves it to the pass; here it is Anderson.
+        Anderson mixing or forward iteration. ``auto`` leaves it to the pass, which measures. Here
+        it is Anderson mixing: nothing would keep what a clock decides, and bits would change from
+        run to run.
     stop : {"relative", "absolute"}
         Residual: ``||f(z) - z|| / (||f(z)|| + 1e-5)`` over all tensors of a sample, or
         ``||f(z) - z||``.

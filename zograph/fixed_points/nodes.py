@@ -2,7 +2,8 @@
 
 ``fixed_point`` is what capture leaves, ``anderson_solve`` and ``picard_solve`` what the pass
 `anderson` makes of it. All return ``(*z, iterations, residual, converged)``; a sample for which the
-cell returned NaN is NaN in z, so that the loss tells.
+cell returned NaN is NaN in z, so that the loss tells. ``trial_solve`` stands in graphs that the
+pass `trial` makes to measure; it returns what it has found behind the others.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from zograph.fixed_points.comparing import compare
 from zograph.fixed_points.history import History
 from zograph.fixed_points.options import SolveOptions, Solver, Stop
+from zograph.fixed_points.progress import FixedPointInfo
 from zograph.fixed_points.reporting import warn
 from zograph.fixed_points.ring import slots_of
 from zograph.fixed_points.solvers import SOLVE
-from zograph.fixed_points.state import State, check_like
+from zograph.fixed_points.state import Cell, State, check_like
 from zograph.fixed_points.tracing import TracedCell, fake_results
 
 Body = Callable[..., Sequence[Tensor]]
@@ -59,7 +62,17 @@ def picard_solve(
     return _solve(cell, state, closed, SolveOptions(tol, max_iter, "picard", stop))
 
 
-SOLVES = (fixed_point, anderson_solve, picard_solve)
+def trial_solve(cell: Body, state: State, closed: State, **options: Any) -> State:
+    """Solve by both; return what each took, too: float64[2, 3], see :func:`compare`."""
+    wanted = SolveOptions(**options)
+    if any(isinstance(x, FakeTensor) for x in state):
+        findings = torch.empty(2, 3, dtype=torch.float64)
+        return (*_fake(cell, state, closed, wanted), findings)
+    z, info, findings = compare(_body(cell, closed), state, wanted)
+    return (*_results(z, info), findings)
+
+
+SOLVES = (fixed_point, anderson_solve, picard_solve, trial_solve)
 
 
 def is_solve(node: fx.Node) -> bool:
@@ -92,14 +105,19 @@ def _solve(cell: Body, state: State, closed: State, options: SolveOptions) -> St
     if any(isinstance(x, FakeTensor) for x in state):
         return _fake(cell, state, closed, options)
 
-    def body(z: State) -> State:
-        return tuple(cell(*z, *closed))
-
-    z, info, status = SOLVE[options.solver](body, state, options)
+    z, info, status = SOLVE[options.solver](_body(cell, closed), state, options)
     warn(status, len(state[0]), options, "zograph.fixed_point", stacklevel=3)
     if status.broken:
         broken = info.residual.isnan()
         z = tuple(x.masked_fill(broken.view(-1, *[1] * (x.dim() - 1)), torch.nan) for x in z)
+    return _results(z, info)
+
+
+def _body(cell: Body, closed: State) -> Cell:
+    return lambda z: tuple(cell(*z, *closed))
+
+
+def _results(z: State, info: FixedPointInfo) -> State:
     return (*(x.contiguous() for x in z), info.iterations, info.residual, info.converged)
 
 

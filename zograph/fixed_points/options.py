@@ -28,7 +28,7 @@ class SolveOptions:
     max_iter : int
         Most evaluations of the cell.
     solver : {"auto", "anderson", "picard"}
-        Anderson mixing, or forward iteration. What ``auto`` means is decided by the pass
+        Anderson mixing, or forward iteration. What ``auto`` means is measured for the pass
         `anderson`; in eager it is Anderson mixing.
     stop : {"relative", "absolute"}
         The residual: ``||f(z) - z|| / (||f(z)|| + 1e-5)``, or its numerator.

@@ -1,4 +1,4 @@
-"""Making a log: a new file that appears whole or not at all, and stays."""
+"""Making a log: a file that appears whole or not at all, and stays."""
 
 from __future__ import annotations
 
@@ -27,15 +27,21 @@ def check_absent(path: Path) -> None:
         )
 
 
-def place(path: Path, data: bytes) -> None:
+def place(path: Path, data: bytes, *, over: bool = False) -> None:
     """Write a new file, whole or not at all.
+
+    Parameters
+    ----------
+    over
+        Whether it takes the place of one that is there.
 
     Raises
     ------
     StoreError
-        If there is such a file already, or it cannot be written.
+        If there is such a file already, unless `over`, or it cannot be written.
     """
-    check_absent(path)
+    if not over:
+        check_absent(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -44,9 +50,12 @@ def place(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(name, path)
+            if over:
+                os.rename(name, path)
+            else:
+                os.link(name, path)
         finally:
-            os.unlink(name)
+            Path(name).unlink(missing_ok=True)
         _sync_folder(path.parent)
     except OSError as e:
         raise failure(e, f"the log {path} cannot be made") from e

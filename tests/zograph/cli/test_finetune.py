@@ -149,6 +149,8 @@ def test_only_what_matches_is_trained(
         (["--eval-data", "none.csv"], "none.csv: cannot be read"),
         (["--train", "nothing"], "--train 'nothing' matches no parameter; the first names: bert."),
         (["--train", "("], "--train '(' is no regular expression"),
+        (["--anderson", "4x4", "--directions", "2"], "directions is 2, and anderson shares 4"),
+        (["--anderson", "4x4", "--weight-decay", "0.1"], "use one of weight_decay and anderson"),
         (["--max-length", "64"], "--max-length 64: the model has only 32 positions"),
         (["--draw", "step.bmp"], "the ending must be one of .svg, .png, .pdf, .dot"),
     ],
@@ -182,7 +184,11 @@ def test_one_label_only(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "every training row has the label" in refused(capsys, bert, *CLASSIFY, "--data", data)
 
 
-@pytest.mark.parametrize("option", [["--task", "poetry"], ["--steps", "0"], ["--lr", "nan"]])
+UNUSABLE = [["--task", "poetry"], ["--steps", "0"], ["--lr", "nan"]]
+UNUSABLE += [["--anderson", text] for text in ("16", "x8", "16x", "0x8", "16x1", "-4x8", "512x8")]
+
+
+@pytest.mark.parametrize("option", UNUSABLE)
 def test_unusable_values_are_refused_by_the_parser(
     option: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

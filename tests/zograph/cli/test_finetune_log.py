@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import zograph
 from zograph.cli import main, training
 from zograph.cli.batches import Encoded, shuffled
 from zograph.cli.progress import Progress
@@ -125,6 +128,28 @@ def test_more_steps_with_a_torn_log_and_weights_on_a_disk(
     assert record(out)["loss"] == record(tmp_path / "plain")["loss"]
 
 
+def test_a_mixed_trajectory(
+    bert: Path, sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is resumed as the log has it, whether the flag is given again or not."""
+    whole, log, out = tmp_path / "whole.zolog", tmp_path / "run.zolog", tmp_path / "out"
+    mixed, more = ("--anderson", "3x4", "--eval-size", 3), ("--eval-size", 3, "--resume")
+    assert main(command(bert, sentences, whole, *mixed, "--out", out)) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"mixing   \d of 5 steps mixed; 1 cycles, \d too noisy", said)
+    header = read_log(whole).header
+    assert header.options["anderson"] == asdict(zograph.Anderson(directions=3, inner_steps=4))
+    assert header.directions == 3
+    assert record(out)["settings"]["anderson"].startswith("Anderson(directions=3, inner_steps=4")
+    assert main(command(bert, sentences, log, *mixed, "--steps", 2)) == 0
+    assert main(command(bert, sentences, log, *more, "--steps", 4)) == 0
+    assert main(command(bert, sentences, log, *more, "--anderson", "3x4")) == 0
+    assert log.read_bytes() == whole.read_bytes()
+    said = refused(capsys, command(bert, sentences, log, *more, "--anderson", "3x5"))
+    assert "was written with anderson={" in said
+    assert "'inner_steps': 5" in said
+
+
 @pytest.fixture(scope="module")
 def ended(
     bert: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory
@@ -162,6 +187,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--resume", "--seed", 1], "--seed 1"),
         (["--resume", "--train", "classifier"], "began with --train not given"),
         (["--resume", "--directions", 2], "--directions 2"),
+        (["--resume", "--eval-size", 3, "--anderson", "1x2"], "was written with anderson=None"),
         (["--resume", "--compute-dtype", "bfloat16"], "--compute-dtype bfloat16"),
         (["--resume", "--eval-size", 4], "the examples to score on are not those"),
         (["--resume", "--eval-size", 3, "--max-length", 16], "--max-length 16: texts were cut"),
