@@ -16,9 +16,11 @@ import torch
 
 from zograph.cli import main
 from zograph.cli.anderson import images, model, solvers
+from zograph.cli.anderson.command import PARTS
 from zograph.cli.anderson.mixing import textbook
 from zograph.cli.anderson.problems import Problem, spectral_radius
 from zograph.cli.anderson.solvers import Run
+from zograph.fixed_points import comparing
 
 
 @pytest.fixture
@@ -55,7 +57,8 @@ def test_all_parts_report(
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    args = ["bench", "anderson", "--data", str(cifar), "--parts", "solvers", "mixing", "training"]
+    monkeypatch.setattr(comparing, "LIMIT", 0.0)
+    args = ["bench", "anderson", "--data", str(cifar), "--parts", *PARTS]
     args += ["--steps", "1", "--batch", "2", "--tested", "4", "--rounds", "1", "--max-iter", "6"]
     args += ["--pixels", "8", "--train-pixels", "4", "--checks", "2"]
     args += ["--cells", "trained", "0.9", "--train-seconds", "0.001", "--seeds", "0"]
@@ -74,6 +77,10 @@ def test_all_parts_report(
             assert row["residual"]["typical"] <= row["residual"]["largest"]
     assert set(found["mixing"]["ways"]) == {"float32", "bfloat16", "textbook"}
     assert found["mixing"]["ways"]["textbook"]["of_textbook"] == 1
+    assert len(found["modes"]) == 5
+    for row in found["modes"]:
+        assert set(row["seconds"]) == {"always", "off", "auto"}
+        assert row["chosen"] in ("anderson", "picard")
     ways = [(row["method"], row["solver"]) for row in found["training"]]
     assert ways == [
         (m, s) for m in ("backpropagation", "zeroth order") for s in ("anderson", "picard")
@@ -140,6 +147,11 @@ def test_crossover_is_the_last_time_that_the_curves_meet() -> None:
     assert found["equal_time"] == pytest.approx(0.01 / 0.12)
     worse = run([1.0, 0.9, 0.8, 0.7], [1.1, 2.3, 3.4, 4.5])
     assert solvers.equal_time(worse, forward)["crossover"] is None
+    quick = run([1.0, 0.3], [0.1, 0.2])  # done before the other's first evaluation
+    assert solvers.equal_time(quick, forward) == {
+        "crossover": 1.0,
+        "equal_time": pytest.approx(0.3),
+    }
 
 
 def test_the_spectral_radius_of_a_rotation_is_its_factor() -> None:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from zograph.cli.anderson import images, mixing, plots, report, solvers, training
+from zograph.cli.anderson import images, mixing, modes, plots, report, solvers, training
 from zograph.cli.anderson.images import Images
 from zograph.cli.anderson.model import Classifier, train
 from zograph.cli.anderson.problems import TRAINED, problems
 from zograph.cli.inputs import InputError, integer, number
 from zograph.cli.output import check_file
 
-PARTS = ("solvers", "mixing", "training")
+PARTS = ("solvers", "mixing", "modes", "training")
 SIDES = (4, 8, 16, 32)
 """Pixels a side that the images can be shrunk to."""
 
@@ -37,7 +37,7 @@ def add_parser(kinds: Any) -> None:
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=["solvers", "mixing"], metavar="PART",
+    add("--parts", nargs="+", choices=PARTS, default=["solvers", "mixing", "modes"], metavar="PART",
         help=f"of {', '.join(PARTS)} (default: all but training)")  # fmt: skip
     add("--data", type=Path, metavar="PATH",
         help="the folder of CIFAR-10's python batches, or an npz file with train_x, train_y, "
@@ -119,6 +119,9 @@ def measure(args: argparse.Namespace, full: Images) -> dict[str, Any]:
             state = trained.stem(pixels)
         result["mixing"] = mixing.measure(args, state)
         report.mixing(result["mixing"])
+    if "modes" in args.parts:
+        result["modes"] = modes.measure(args, trained, pixels)
+        modes.report(result["modes"])
     if "training" in args.parts:
         result["training"] = training.measure(args, trained, small)
     return result

@@ -91,7 +91,8 @@ def stretch(cell: Cell, z: Tensor, x: Tensor) -> Tensor:
 
 
 def _unit(v: Tensor) -> Tensor:
-    return v / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    size: Tensor = torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
+    return v / size
 
 
 def batches(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

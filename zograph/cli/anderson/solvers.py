@@ -191,8 +191,8 @@ def equal_time(run: Run, forward: Run) -> dict[str, float | None]:
     equal_time : float
         A run's residual over forward iteration's at the end of the shorter of the two.
     """
-    end = min(run.seconds[-1], forward.seconds[-1])
     begin = max(run.seconds[0], forward.seconds[0])
+    end = max(begin, min(run.seconds[-1], forward.seconds[-1]))
     times = sorted(t for t in [*run.seconds, *forward.seconds] if begin <= t <= end)
     ratios = [run.at(t) / forward.at(t) for t in times]
     above = [i for i, ratio in enumerate(ratios) if ratio > 1]
