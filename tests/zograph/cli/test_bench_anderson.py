@@ -109,8 +109,10 @@ def test_solvers_are_compared_at_equal_accuracy_and_time() -> None:
     assert forward["to"]["0.01"]["evaluations"] < count < math.log(1e-4) / math.log(0.97)
     assert mixed["to"]["0.0001"]["evaluations"] < count / 3
     assert forward["to"]["0.0001"]["of_forward"] == 1
-    assert forward["penalty"] == forward["equal_time"] == 1
-    assert forward["crossover"] is not None
+    assert forward["penalty"] == 1
+    assert mixed["penalty"] > 1
+    assert "crossover" in mixed
+    assert "crossover" not in forward
     assert mixed["iterations"] == [mixed["to"]["0.0001"]["evaluations"]] * 3
 
 

@@ -32,7 +32,7 @@ def solvers(found: dict[str, Any]) -> None:
         residual = row["residual"]
         print(
             f"{name:20}{residual['typical']:10.1e}{residual['largest']:10.1e}{row['penalty']:9.2f}"
-            f"{shown(row['crossover'], 2):>13}{row['equal_time']:15.3g}",
+            f"{shown(row.get('crossover'), 2):>13}{shown(row.get('equal_time'), 2):>15}",
             flush=True,
         )
 

@@ -156,7 +156,7 @@ def summary(name: str, runs: dict[str, list[Run]], tols: Sequence[float]) -> dic
         "seconds": [run.total for run in taken],
         "residual": {"typical": first.typical[-1], "largest": float(last.max())},
         "penalty": statistics.median(penalties),
-        **equal_time(first, runs[FORWARD][0]),
+        **({} if name == FORWARD else equal_time(first, runs[FORWARD][0])),
         "iterations": first.iterations(min(tols)).tolist(),
         "curve": {"seconds": first.seconds, "residual": first.typical},
     }
