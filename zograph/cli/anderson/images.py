@@ -23,6 +23,20 @@ SIZE = 32
 ARRAYS = ("train_x", "train_y", "test_x", "test_y")
 TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
 TEST = ["test_batch"]
+ALLOWED = {
+    ("_codecs", "encode"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy._core.multiarray", "_reconstruct"),
+}
+"""What a pickled array is made of."""
+
+UNREADABLE = (
+    AttributeError, EOFError, ImportError, IndexError, KeyError, pickle.UnpicklingError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What a file that is no such batch makes its reader raise."""
+
 TESTED = 297
 """The last so many of the 1797 digits are for testing."""
 
@@ -117,7 +131,7 @@ def _batch(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
         return rows.reshape(-1, 3, SIZE, SIZE), labels
     except OSError as error:
         raise InputError(f"--data: {path} cannot be read: {error.strerror}") from error
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"--data: {path} is no batch of CIFAR-10 ({error!r})") from error
 
 
@@ -125,10 +139,9 @@ class _Plain(pickle.Unpickler):
     """Reads arrays and plain values, and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
+        module = module.replace("numpy.core", "numpy._core")
+        if (module, name) in ALLOWED:
             return super().find_class(module, name)
-        if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
         raise pickle.UnpicklingError(f"it holds a {module}.{name}")
 
 

@@ -7,6 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -45,22 +46,23 @@ def measure(args: argparse.Namespace, trained: Classifier, images: Images) -> li
                 if method == METHODS[1]:
                     model.load_state_dict(trained.state_dict())
                 row = {"method": method, "solver": solver, "seed": seed}
-                rows.append(row | trained_for(args, method, model, images))
+                rows.append(row | trained_for(args, method, seed, model, images))
                 print(_line(rows[-1]), flush=True)
     return rows
 
 
 def trained_for(
-    args: argparse.Namespace, method: str, model: Classifier, images: Images
+    args: argparse.Namespace, method: str, seed: int, model: Classifier, images: Images
 ) -> dict[str, Any]:
-    """Train for `train_seconds`, tests left out of the time."""
+    """Train for `train_seconds`, after one step; tests are left out of the time."""
     found = batches(images.train_x, images.train_y, BATCH)
-    train, settle = _stepper(method, model)
     pixels, labels = images.test_x[: args.tested], images.test_y[: args.tested]
     accuracies = [accuracy(model, pixels, labels)]
     taken, steps = 0.0, 0
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.filterwarnings("ignore", message=".*(did not reach tol|samples diverged)")
+        train, settle = _stepper(method, model, seed, stack)
+        train(*next(found))
         for check in range(1, args.checks + 1):
             while taken < args.train_seconds * check / args.checks:
                 batch = next(found)
@@ -81,7 +83,9 @@ def trained_for(
     }
 
 
-def _stepper(method: str, model: Classifier) -> tuple[Step, Callable[[], None]]:
+def _stepper(
+    method: str, model: Classifier, seed: int, stack: ExitStack
+) -> tuple[Step, Callable[[], None]]:
     """Return what takes one training step, and what puts its result into the model."""
     if method == METHODS[0]:
         optimizer = torch.optim.Adam(model.parameters(), lr=LR)
@@ -93,14 +97,17 @@ def _stepper(method: str, model: Classifier) -> tuple[Step, Callable[[], None]]:
             optimizer.step()
 
         return descend, lambda: None
-    step = zograph.compile(
-        model.eval(), loss_fn=lambda m, images, labels: cross_entropy(m(images), labels), **ZO
-    )
+    compiled = zograph.compile(model.eval(), loss_fn=_loss, seed=seed, **ZO)
+    step = stack.enter_context(compiled)
 
     def perturb(pixels: Tensor, labels: Tensor) -> None:
         step(images=pixels, labels=labels)
 
     return perturb, step.synchronize
+
+
+def _loss(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(model(images), labels)
 
 
 @torch.no_grad()
