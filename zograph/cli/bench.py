@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zograph.cli import (
+    anderson,
     bench_accuracy,
     bench_gpu,
     bench_noise,
@@ -57,6 +58,7 @@ def add_parser(subparsers: Any) -> None:
     bench_transfers.add_parser(kinds)
     bench_trajectory.add_parser(kinds)
     bench_noise.add_parser(kinds)
+    anderson.add_parser(kinds)
 
 
 def run(args: argparse.Namespace) -> int:

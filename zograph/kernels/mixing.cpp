@@ -5,6 +5,10 @@
 #include <algorithm>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include "common.h"
 
 namespace {
@@ -25,6 +29,18 @@ inline float one(const float* p) { return *p; }
 inline float one(const uint16_t* p) { return from_bf16(*p); }
 inline void write(float* p, float x) { *p = x; }
 inline void write(uint16_t* p, float x) { *p = to_bf16(x); }
+
+// Store what is not read again soon past the caches, without reading the memory that it overwrites.
+inline void stream(float* to, const float* from, int n) {
+  int i = 0;
+#ifdef __AVX512F__
+  if ((uintptr_t)to % 64 == 0) {
+    for (; i + LANES <= n; i += LANES) _mm512_stream_ps(to + i, _mm512_loadu_ps(from + i));
+    _mm_sfence();
+  }
+#endif
+  std::copy(from + i, from + n, to + i);
+}
 
 double total(const vec* sums, int n, float rest) {
   double sum = rest;
@@ -53,9 +69,9 @@ void observe(const float* f, const float* z, float* values, P* residuals, int64_
     P* residual = residuals + slot * width + at;
     for (int i = 0; i < n; i++) {
       r[i] = f[at + i] - z[at + i];
-      value[i] = f[at + i];
       write(residual + i, r[i]);
     }
+    stream(value, f + at, n);
     for (int64_t s = 0; s < slots; s++) sums[s] += dot(r, residuals + s * width + at, n);
     sums[slots] += dot(r, r, n);
     sums[slots + 1] += dot(f + at, f + at, n);
@@ -114,21 +130,20 @@ void mix_all(const double* weights, double damping, const float* values, const P
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (!serial)
   for (int64_t i = 0; i < batch * blocks; i++) {
     const int64_t b = i / blocks, from = i % blocks * BLOCK, to = std::min(width, from + BLOCK);
+    alignas(64) float sum[TILE];
     for (int64_t at = from; at < to; at += TILE) {
       const int n = (int)std::min(TILE, to - at);
-      float* sum = out + b * width + at;
-      bool first = true;
+      std::fill(sum, sum + n, 0.0f);
       for (int64_t s = 0; s < slots; s++) {
         const double weight = weights[b * slots + s];
         if (weight == 0) continue;  // whatever the slot holds
         const float a = (float)weight, c = (float)(weight * damping);
         const float* value = values + (b * slots + s) * width + at;
         const P* residual = residuals + (b * slots + s) * width + at;
-        if (first) std::fill(sum, sum + n, 0.0f);
-        first = false;
         if (c == 0) for (int j = 0; j < n; j++) sum[j] += a * value[j];
         else for (int j = 0; j < n; j++) sum[j] += a * value[j] + c * one(residual + j);
       }
+      stream(out + b * width + at, sum, n);
     }
   }
 }
