@@ -158,7 +158,9 @@ def run(args: argparse.Namespace) -> int:
             name: {way: [asdict(run) for run in runs] for way, runs in ways.items()}
             for name, ways in found.items()
         }
-        args.json.write_text(json.dumps(given | {"problems": rows}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps(given | {"problems": rows}, indent=2) + "\n", encoding="utf-8"
+        )
     return 0
 
 
