@@ -7,6 +7,7 @@ from zograph.noise import derive_seed
 from zograph.options import Options
 from zograph.records import Outcome
 from zograph.seedlog import LogFile
+from zograph.seedlog.identity import option_of
 from zograph.trajectory.control import State, advance
 
 
@@ -29,7 +30,9 @@ class Trajectory:
         self.state = State()
         """Before the next step; only kept where the trajectory is mixed."""
         if logged is not None and options.anderson is not None:
-            self._restore(logged)
+            written = option_of("anderson", logged.header.options.get("anderson"))
+            if written == options.anderson:  # any other is refused with the run's other options
+                self._restore(logged)
 
     def seeds(self, step: int) -> list[int]:
         """Return the seeds of a step's directions; the steps of a cycle share them."""

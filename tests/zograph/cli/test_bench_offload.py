@@ -216,6 +216,7 @@ def run_of(losses: list[list[float]], **more: Any) -> dict[str, Any]:
         "plan": {"cut": None, "device_bytes": 100},
         "metered": {"total": 96},
         "moved_bytes": {"read": 10, "write": 11},
+        "beside_traffic": 2.5,
     }
     return bench_offload.merged([run | {"peak_bytes": 90}, run | more])
 
