@@ -293,7 +293,7 @@ def test_disk_that_refuses_direct_io_late(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     out, back = measure_disk.pages(1 << 16), measure_disk.pages(1 << 16)
     out[:] = measure_disk.random_bytes(1 << 16)
-    with measure_disk._File(tmp_path) as file:
+    with measure_disk.DirectFile(tmp_path) as file:
         assert not list(tmp_path.iterdir())
         file.write(out, 1 << 16)
         file.read(back, 1 << 16)
