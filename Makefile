@@ -25,6 +25,9 @@ demo: $(READY)
 	  --schedule linear --distribution rademacher --max-length 8 --seed 0 \
 	  --out demo/model --overwrite --draw demo/step.svg
 
+# Threads that wait for work leave the cores to the other worker.
+test check: export OMP_WAIT_POLICY := passive
+
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

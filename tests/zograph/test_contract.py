@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -58,19 +59,26 @@ def check_contract(
         assert moved > 0, n
 
 
-FAST = {"opt", "gpt2", "bert", "vit", "cnn", "mlp"}
+def cases(*fast: str) -> list[Any]:
+    """Return all cases, slow but for some; both backends of a case share a capture."""
+    return [
+        pytest.param(
+            *(name, tie),
+            marks=[
+                pytest.mark.xdist_group(f"{name}, {tie}"),
+                *(() if name in fast and tie else [pytest.mark.slow]),
+            ],
+        )
+        for name, tie in CASES
+    ]
 
 
-@pytest.mark.parametrize(
-    ("name", "tie"),
-    [pytest.param(*c, marks=() if c[0] in FAST and c[1] else pytest.mark.slow) for c in CASES],
-)
+@pytest.mark.parametrize(("name", "tie"), cases("opt", "gpt2", "bert", "vit", "cnn", "mlp"))
 def test_eager(name: str, tie: bool) -> None:
     check_contract(name, tie, "eager")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "tie"), CASES)
+@pytest.mark.parametrize(("name", "tie"), cases())
 def test_inductor(name: str, tie: bool) -> None:
     check_contract(name, tie, "inductor")
 

@@ -60,14 +60,18 @@ class Logistic(nn.Module):
     Without it the digits, which a plane can part, have no minimum.
     """
 
-    def __init__(self, features: int, classes: int) -> None:
+    def __init__(self, features: int, classes: int, penalty: float = PENALTY) -> None:
         super().__init__()
+        self.penalty = penalty
         self.linear = nn.Linear(features, classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.linear(x), y) + PENALTY / 2 * self.linear.weight.square().sum()
+        return (
+            F.cross_entropy(self.linear(x), y)
+            + self.penalty / 2 * self.linear.weight.square().sum()
+        )
 
 
 @dataclass(frozen=True)
@@ -121,17 +125,17 @@ def add_parser(kinds: Any) -> None:
         "trajectory",
         help="zeroth-order runs with and without Anderson mixing",
         description="Minimise ill-conditioned quadratics of 1500 weights, and logistic regression "
-        "on scikit-learn's digits (2570 weights) with all data and with batches, by plain "
-        "zeroth-order steps and with Anderson mixing at equal forward evaluations.",
+        "of features of decaying variance (3002 weights) and of scikit-learn's digits (2570, with "
+        "all data and with batches), by plain zeroth-order steps and with Anderson mixing at equal forward evaluations.",
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("--powers", type=float, nargs="*", default=[2, 3, 4], metavar="P",
         help="quadratics with curvatures i ** -P")  # fmt: skip
     add("--rows", type=integer(0), nargs="*", default=[0, 32, 128, 512, 2048], metavar="N",
-        help="batch sizes of logistic regression, 0: all of 200 digits")  # fmt: skip
+        help="batch sizes of logistic regression, 0: all of 200 digits or 400 rows of features")  # fmt: skip
     add("--directions", type=integer(1), default=16, metavar="Q", help="shared by a cycle")
-    add("--inner-steps", type=integer(2), default=8, metavar="K", help="of a cycle")
+    add("--inner-steps", type=integer(3), default=8, metavar="K", help="of a cycle")
     add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], metavar="N")
     add("--evaluations", type=integer(100), default=12000, metavar="N", help="of each run")
     add("--json", type=Path, metavar="FILE", help="write all numbers here")
@@ -171,11 +175,23 @@ def problems(powers: list[float], rows: list[int]) -> Iterator[Problem]:
         yield Problem(name, partial(Quadratic, 1500, power), {"x": torch.ones(2)})
     if not rows:
         return
+    if 0 in rows:
+        data = features(400, 1500, 3)
+        yield Problem("logistic, i^-3", partial(Logistic, 1500, 2, 0.0), data)
     data = digits()
     for count in rows:
         picked = data if count else {k: v[:200] for k, v in data.items()}
         name = f"logistic, batch {count}" if count else "logistic, all of 200"
         yield Problem(name, partial(Logistic, 256, 10), picked, count or None)
+
+
+def features(rows: int, size: int, power: float) -> Batch:
+    """Return normal features of decaying variance, and labels that follow from them by chance."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, size, generator=generator)
+    x *= torch.arange(1.0, size + 1) ** (-power / 2)
+    odds = torch.sigmoid(x @ torch.randn(size, generator=generator))
+    return {"x": x, "y": torch.bernoulli(odds, generator=generator).long()}
 
 
 def digits() -> Batch:

@@ -10,8 +10,13 @@ import numpy as np
 from zograph.trajectory.mixing import dot, mix, plus
 from zograph.trajectory.options import Anderson
 
-FIRST, LONGEST = 16, 2048
-"""Plain steps behind the first cycle that fails, and at most."""
+FIRST, GROWTH, LONGEST = 16, 16, 2048
+"""Plain steps behind a cycle that fails: the first one, how many times as many the next, at most."""
+JUDGED = 3
+"""Steps of a cycle before its gain is judged."""
+WORTH = 1.5
+"""Plain steps that a step of a cycle has to be worth. Mixing moves far along flat directions, too,
+which no loss shows and later steps have to make up for."""
 
 Point = tuple[float, ...]
 
@@ -41,7 +46,7 @@ class State:
     closed: int = 0
     """Cycles ended because the losses were too noisy."""
     slow: int = 0
-    """Cycles that gained less than plain steps promise."""
+    """Cycles that gained too little, and were taken back."""
 
     @property
     def seed_step(self) -> int:
@@ -69,7 +74,7 @@ def advance(
     """
     q, behind = options.directions, replace(state, step=state.step + 1)
     if not np.isfinite(losses).all():
-        return _leave(behind) if state.points else (behind, None)
+        return (_leave(behind) if state.points else behind), None
     if state.left:
         return replace(behind, left=state.left - 1), None
     if not options.gate:
@@ -89,15 +94,20 @@ def advance(
         return _go(behind, plain, None)
     noise = noise_ratio(points, grads, values)
     noisy, best = noise > options.gate, values.index(min(values))
+    goal = plain_loss(values, WORTH * last)
     if noisy or best != last:
         if noisy:
             behind = replace(behind, closed=state.closed + 1)
         else:
             behind = replace(behind, rejected=state.rejected + 1)
         if best == last:
-            return _leave(behind)
+            return _leave(behind), None
         back = plus(points[best], -rate / 2, grads[best])
-        return _leave(behind)[0], _rounded(plus(back, -1.0, points[last]))
+        paid = not noisy and values[best] <= goal
+        return (_done if paid else _leave)(behind), _rounded(plus(back, -1.0, points[last]))
+    if last >= min(JUDGED, options.inner_steps - 1) and loss > goal:
+        behind = replace(behind, slow=state.slow + 1)
+        return _leave(behind), _rounded(plus(points[1], -1.0, points[last]))
     first = max(0, last - options.window)
     found = mix(
         points[first:],
@@ -112,9 +122,7 @@ def advance(
     coefs = _rounded(plus(target, -1.0, points[last]))
     if last + 1 < options.inner_steps:
         return _go(behind, None, coefs)
-    if values[0] - loss < promised(points, grads, rate, last):
-        return _leave(replace(behind, slow=state.slow + 1))[0], coefs
-    return replace(behind, points=(), grads=(), losses=(), pause=FIRST), coefs
+    return _done(behind), coefs
 
 
 def _go(
@@ -128,10 +136,15 @@ def _go(
     return replace(state, points=(*state.points, tuple(plus(here, 1.0, coefs)))), coefs
 
 
-def _leave(state: State) -> tuple[State, None]:
-    """End a cycle that failed; the next one waits twice as long."""
-    left, pause = state.pause, min(2 * state.pause, LONGEST)
-    return replace(state, points=(), grads=(), losses=(), left=left, pause=pause), None
+def _done(state: State) -> State:
+    """End a cycle that paid; the next one begins at once."""
+    return replace(state, points=(), grads=(), losses=(), pause=FIRST)
+
+
+def _leave(state: State) -> State:
+    """End a cycle that failed; the next one waits longer."""
+    left, pause = state.pause, min(GROWTH * state.pause, LONGEST)
+    return replace(state, points=(), grads=(), losses=(), left=left, pause=pause)
 
 
 def noise_ratio(points: Sequence[Point], grads: Sequence[Point], losses: Sequence[float]) -> float:
@@ -149,11 +162,15 @@ def noise_ratio(points: Sequence[Point], grads: Sequence[Point], losses: Sequenc
     return noise / signal if signal else float("inf")
 
 
-def promised(points: Sequence[Point], grads: Sequence[Point], rate: float, steps: int) -> float:
-    """Return what plain steps would gain: by the slope at the first point, less the curvature."""
-    move = plus(points[1], -1.0, points[0])
-    bend = dot(plus(grads[1], -1.0, grads[0]), move) / (dot(move, move) or 1.0)
-    return steps * rate * dot(grads[0], grads[0]) * min(1.0, max(0.5, 1 - rate * bend / 2))
+def plain_loss(losses: Sequence[float], steps: float) -> float:
+    """Return the loss behind so many plain steps, if each leaves the share that the first one left.
+
+    Where a loss is not positive, each takes off as much as the first one.
+    """
+    first, second = losses[:2]
+    if min(first, second) <= 0:
+        return first - steps * (first - second)
+    return float(first * (second / first) ** steps)
 
 
 def _rounded(coefs: Sequence[float]) -> list[float]:

@@ -24,7 +24,7 @@ class Anderson:
     directions
         Seeded directions that the steps of a cycle share; also those of a plain step. 1 to 256.
     inner_steps
-        Steps of a cycle, at least 2.
+        Steps of a cycle, at least 3: the first of its steps that is mixed is measured by the third.
     window
         Earlier iterates that are mixed, at least 1.
     ridge
@@ -54,7 +54,7 @@ class Anderson:
     gate: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, least in (("directions", 1), ("inner_steps", 2), ("window", 1)):
+        for name, least in (("directions", 1), ("inner_steps", 3), ("window", 1)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= MOST:
                 raise OptionError(f"anderson: {name} is {value!r}; it must be {least} to {MOST}.")
