@@ -87,9 +87,14 @@ def _captures() -> sharing.Known:
 @pytest.fixture(autouse=True)
 def _capture_once(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _captures: sharing.Known
-) -> None:
+) -> Iterator[None]:
     if request.path.stem in CAPTURED_ONCE:
         monkeypatch.setattr("zograph.graphs.capture", sharing.shared(_captures))
+    known = len(_captures)
+    yield
+    if len(_captures) > known:
+        gc.collect()
+        gc.freeze()  # what stays to the end need not be looked through again and again
 
 
 @pytest.fixture(autouse=True)

@@ -126,14 +126,15 @@ def add_parser(kinds: Any) -> None:
         help="zeroth-order runs with and without Anderson mixing",
         description="Minimise ill-conditioned quadratics of 1500 weights, and logistic regression "
         "of features of decaying variance (3002 weights) and of scikit-learn's digits (2570, with "
-        "all data and with batches), by plain zeroth-order steps and with Anderson mixing at equal forward evaluations.",
+        "all data and with batches), by plain zeroth-order steps and with Anderson mixing at equal "
+        "forward evaluations.",
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("--powers", type=float, nargs="*", default=[2, 3, 4], metavar="P",
         help="quadratics with curvatures i ** -P")  # fmt: skip
     add("--rows", type=integer(0), nargs="*", default=[0, 32, 128, 512, 2048], metavar="N",
-        help="batch sizes of logistic regression, 0: all of 200 digits or 400 rows of features")  # fmt: skip
+        help="batch sizes of logistic regression; 0: all of the data, twice")  # fmt: skip
     add("--directions", type=integer(1), default=16, metavar="Q", help="shared by a cycle")
     add("--inner-steps", type=integer(3), default=8, metavar="K", help="of a cycle")
     add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], metavar="N")

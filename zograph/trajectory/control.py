@@ -11,7 +11,7 @@ from zograph.trajectory.mixing import dot, mix, plus
 from zograph.trajectory.options import Anderson
 
 FIRST, GROWTH, LONGEST = 16, 16, 2048
-"""Plain steps behind a cycle that fails: the first one, how many times as many the next, at most."""
+"""Plain steps behind the first cycle that fails, how many times more behind the next, at most."""
 JUDGED = 3
 """Steps of a cycle before its gain is judged."""
 WORTH = 1.5

@@ -187,7 +187,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--resume", "--seed", 1], "--seed 1"),
         (["--resume", "--train", "classifier"], "began with --train not given"),
         (["--resume", "--directions", 2], "--directions 2"),
-        (["--resume", "--eval-size", 3, "--anderson", "1x2"], "was written with anderson=None"),
+        (["--resume", "--eval-size", 3, "--anderson", "1x3"], "was written with anderson=None"),
         (["--resume", "--compute-dtype", "bfloat16"], "--compute-dtype bfloat16"),
         (["--resume", "--eval-size", 4], "the examples to score on are not those"),
         (["--resume", "--eval-size", 3, "--max-length", 16], "--max-length 16: texts were cut"),
