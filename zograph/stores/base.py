@@ -9,12 +9,15 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import ClassVar, Literal
 
 import torch
 
 PAGE = 4096
 """Alignment in bytes of buffers that stores fill and of extents in a work file."""
+LARGE = 4 << 20
+"""Bytes from which on a buffer is worth huge pages, commonly of 2 MiB."""
 
 
 def padded(nbytes: int) -> int:
@@ -25,9 +28,13 @@ def padded(nbytes: int) -> int:
 def page_aligned(nbytes: int) -> torch.Tensor:
     """Return a uint8 buffer that starts on a page and takes memory as it is first touched.
 
-    It is given back when the last tensor that views it is gone.
+    It is given back when the last tensor that views it is gone. Large ones are of huge pages where
+    the system has them: fewer faults, and less work for direct I/O, which holds every page.
     """
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= LARGE:
+        with suppress(AttributeError, OSError):  # not Linux, or built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from zograph.errors import StoreError
 from zograph.parameters import parameter_table
 from zograph.stores import host
-from zograph.stores.base import PAGE, padded, page_aligned
+from zograph.stores.base import LARGE, PAGE, padded, page_aligned
 from zograph.stores.host import HostStore
 from zograph.stores.pinned import pin
 from zograph.stores.source import as_tensor
@@ -116,3 +118,19 @@ def test_pinning_ends_with_its_handle() -> None:
     assert held.nbytes == 3 * PAGE
     del held
     assert not cuda.pinned
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages"
+)
+@pytest.mark.parametrize(("nbytes", "huge"), [(LARGE, True), (LARGE - PAGE, False)])
+def test_large_buffers_are_of_huge_pages(nbytes: int, huge: bool) -> None:
+    buffer = page_aligned(nbytes)
+    found = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if place := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            found = int(place[1], 16) <= buffer.data_ptr() < int(place[2], 16)
+        elif found and line.startswith("VmFlags:"):
+            assert ("hg" in line.split()) == huge
+            return
+    pytest.fail("no mapping holds the buffer")
