@@ -126,7 +126,7 @@ def measure(request: Request) -> dict[str, Any]:
 def step(request: Request) -> dict[str, Any]:
     """Run steps of one configuration."""
     work = Path(request["work"])
-    compiled(request, request["tiny"], "minimum", work / "tiny", batch=(2, 16))
+    compiled(request, request["tiny"], request["memory"], work / "tiny", batch=(2, 16))
     baseline = baseline_bytes()
     try:
         zo, batch = compiled(request, request["model"], request["memory"], work / "model")
