@@ -26,7 +26,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from zograph.errors import CaptureError, ZographError
+from zograph.errors import CaptureError, ZographError, first_line
 from zograph.faking import fake_copy, placed
 from zograph.fixed_points.entering import enter_cells
 from zograph.fixed_points.tracing import TracedCell, tracing_cells
@@ -240,7 +240,7 @@ def capture(
     except Exception as error:  # the user's forward may raise anything; it is chained
         raise CaptureError(
             f"{type(model).__name__} could not be captured for ({sig}): "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            f"{type(error).__name__}: {first_line(error)}"
             f"{_user_line(error)}\n"
             f"A graph needs a forward without branches or loops on tensor values. Replace them by "
             f"torch.where, torch.cond or fixed sizes, or choose another attention or experts "

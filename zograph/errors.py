@@ -11,6 +11,11 @@ class ZographError(Exception):
     """Base of every error that a user can cause and can mend."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; empty if it says nothing."""
+    return str(error).strip().partition("\n")[0]
+
+
 class OptionError(ZographError, ValueError):
     """An option of :func:`zograph.compile` has no meaning; the message lists what has."""
 

@@ -51,9 +51,8 @@ def return_large_blocks() -> None:
     """Let the C allocator return blocks of 1 MiB and more to the system as soon as they are freed.
 
     glibc raises that limit up to 32 MiB as a process frees larger blocks, and then keeps what
-    fits below it: more than a budget below `ROOMY` has room for. It costs page faults, a seventh of
-    a step where computing limits it. Holds for the whole process. Does nothing where the C library
-    is not glibc.
+    fits below it: more than a budget below `ROOMY` has room for. It costs page faults. Holds
+    for the whole process. Does nothing where the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

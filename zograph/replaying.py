@@ -14,7 +14,7 @@ from torch import nn
 
 from zograph import codec
 from zograph.applying import Owed, decode_terms, fold_terms
-from zograph.errors import LogError, ModelError, OptionError, StoreError
+from zograph.errors import LogError, ModelError, OptionError, StoreError, first_line
 from zograph.export import origins, save_streamed
 from zograph.formats import with_format
 from zograph.history import History, Terms
@@ -192,7 +192,7 @@ def load_base(path_or_id: str | Path, header: LogHeader) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as e:
-        raise StoreError(f"{path_or_id}: {str(e).strip().splitlines()[0]}") from e
+        raise StoreError(f"{path_or_id}: {first_line(e)}") from e
     names = [*(config.architectures or ()), "AutoModelForCausalLM"]
     names += ["AutoModelForSequenceClassification", "AutoModel"]
     for auto in (getattr(transformers, name, None) for name in names):

@@ -11,6 +11,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from zograph import ir, printer
+from zograph.errors import first_line
 from zograph.fake_replay import difference
 from zograph.randomness import is_random
 from zograph.rules_cells import cells
@@ -41,7 +42,7 @@ def lint(scope: Scope) -> Iterator[Fault]:
     try:
         scope.gm.graph.lint()
     except (RuntimeError, ValueError) as error:
-        message = str(error).splitlines()[0]
+        message = first_line(error)
         node = next((n for n in scope.nodes if f"'{n.name}'" in message), None)
         yield Fault(node, "a graph that torch.fx accepts", message, "insert a node before its uses")
 
@@ -140,7 +141,7 @@ def values(scope: Scope) -> Iterator[Fault]:
         try:
             expected = scope.replay.result(node)
         except Exception as error:  # noqa: BLE001  (an operator may raise anything; it is shown)
-            message = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            message = f"{type(error).__name__}: {first_line(error)}"
             yield Fault(node, "a call that its arguments allow", message, "mend the arguments")
             continue
         found = node.meta["val"]

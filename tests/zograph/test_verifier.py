@@ -14,7 +14,7 @@ from torch import fx
 
 from tests.passes.graphs import ready_for, two_blocks
 from zograph import ir, printer
-from zograph.errors import VerifyError
+from zograph.errors import VerifyError, first_line
 from zograph.ir import KEY, Kind, annotate, info, meta
 from zograph.rules import RULES
 from zograph.testing import GraphBuilder
@@ -512,3 +512,8 @@ def test_operators_that_are_plain_functions() -> None:
     twice = b.call(operator.mul, n, 2)
     y = b.call(aten.new_zeros.default, x, [twice, 3])
     Verifier().check(b.build(b.call(aten.sum.default, y)), after="capture")
+
+
+@pytest.mark.parametrize(("said", "line"), [("\n a\nb", "a"), ("a", "a"), ("", ""), (" \n", "")])
+def test_the_first_line_of_an_error_may_be_empty(said: str, line: str) -> None:
+    assert first_line(ValueError(said)) == line

@@ -68,10 +68,8 @@ class Logistic(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (
-            F.cross_entropy(self.linear(x), y)
-            + self.penalty / 2 * self.linear.weight.square().sum()
-        )
+        penalty = self.penalty / 2 * self.linear.weight.square().sum()
+        return F.cross_entropy(self.linear(x), y) + penalty
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def add_parser(kinds: Any) -> None:
     add("--powers", type=float, nargs="*", default=[2, 3, 4], metavar="P",
         help="quadratics with curvatures i ** -P")  # fmt: skip
     add("--rows", type=integer(0), nargs="*", default=[0, 32, 128, 512, 2048], metavar="N",
-        help="batch sizes of logistic regression; 0: all of the data, twice")  # fmt: skip
+        help="batch sizes of logistic regression; 0: all rows, of both data sets")  # fmt: skip
     add("--directions", type=integer(1), default=16, metavar="Q", help="shared by a cycle")
     add("--inner-steps", type=integer(3), default=8, metavar="K", help="of a cycle")
     add("--seeds", type=integer(0), nargs="+", default=[0, 1, 2], metavar="N")

@@ -91,7 +91,7 @@ def advance(
         behind, start=state.start, points=points, grads=grads, losses=values, cycles=state.cycles
     )
     if last == 0:
-        return _go(behind, plain, None)
+        return _go(behind, _rounded(plus(plain, -1.0, points[0])))
     noise = noise_ratio(points, grads, values)
     noisy, best = noise > options.gate, values.index(min(values))
     goal = plain_loss(values, WORTH * last)
@@ -121,19 +121,14 @@ def advance(
     behind = replace(behind, mixed=state.mixed + (found is not None))
     coefs = _rounded(plus(target, -1.0, points[last]))
     if last + 1 < options.inner_steps:
-        return _go(behind, None, coefs)
+        return _go(behind, coefs)
     return _done(behind), coefs
 
 
-def _go(
-    state: State, point: list[float] | None, coefs: list[float] | None
-) -> tuple[State, list[float] | None]:
-    """Go on with a cycle at another point."""
-    here = state.points[-1]
-    if coefs is None:
-        assert point is not None
-        coefs = _rounded(plus(point, -1.0, here))
-    return replace(state, points=(*state.points, tuple(plus(here, 1.0, coefs)))), coefs
+def _go(state: State, coefs: list[float]) -> tuple[State, list[float]]:
+    """Go on with a cycle from where it is by `coefs`."""
+    there = tuple(plus(state.points[-1], 1.0, coefs))
+    return replace(state, points=(*state.points, there)), coefs
 
 
 def _done(state: State) -> State:
