@@ -15,6 +15,7 @@ from zograph.errors import ModelError, OptionError
 from zograph.formats import BLOCK, FORMATS, Format, parse_transfer_dtype, with_format
 from zograph.ir import ParamInfo
 from zograph.kernels import codec as kernel
+from zograph.noise import stream_words
 
 PAIRS = [
     pytest.param(dtype, form, id=f"{form.name} of {str(dtype).removeprefix('torch.')}")
@@ -161,7 +162,7 @@ def test_the_bits_of_the_rounding_are_no_function_of_the_noise() -> None:
     """A stream of its own: uniform, and uncorrelated with z of the same seed and key."""
     seed, key = torch.tensor(123), torch.tensor(456)
     index = torch.arange(1 << 18)
-    random = codec.unit(codec.rounding_bits(index, codec.stream_words(seed ^ codec.SALT, key)))
+    random = codec.unit(codec.rounding_bits(index, stream_words(seed ^ codec.SALT, key)))
     z = torch.empty(1 << 18)
     codec.decode(
         torch.zeros(1 << 19, dtype=torch.uint8), FORMATS["bfloat16"], z,

@@ -7,6 +7,8 @@ import fcntl
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -356,11 +358,11 @@ def test_folders_that_cannot_be_used(
         raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patched:
-        patched.setattr(measure_disk.tempfile, "mkstemp", refuse)
+        patched.setattr(tempfile, "mkstemp", refuse)
         with pytest.raises(StoreError, match=r"cannot write there .Read-only file system.; name"):
             DeviceSpec.measure("cpu", tmp_path)
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(measure_disk.shutil, "disk_usage", lambda _: usage(1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 20))
     with pytest.raises(StoreError, match="disk is full: to measure it, 2 MB must be free"):
         DeviceSpec.measure("cpu", tmp_path)
     assert not small.exists() or not list(small.glob("device-*"))
@@ -371,7 +373,7 @@ def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     here.mkdir()
     temporary.mkdir()
     monkeypatch.chdir(here)
-    monkeypatch.setattr(device.tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     assert device.work_folder(None) == here
     monkeypatch.setattr(os, "access", lambda path, _: path != here)
     assert device.work_folder(None) == temporary

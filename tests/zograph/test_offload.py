@@ -21,8 +21,8 @@ from tests.zoo import batch, build
 from zograph.errors import VerifyError
 from zograph.ir import info
 from zograph.passes import PassContext, PassResult, Schedule
+from zograph.records import StepRecord
 from zograph.schedule import Event, Stream
-from zograph.step import StepRecord
 from zograph.stores.host import HostStore
 from zograph.weights import Weights
 

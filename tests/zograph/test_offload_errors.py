@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 import zograph
 from tests.zograph.test_offload import Toy, budgets, compiled, data, same, train, usual, weights
 from zograph.errors import LossError, OptionError, PipelineError, PlanError, StoreError
-from zograph.stores import files
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -124,7 +123,7 @@ class Failing:
         self.original: Callable[..., int] = getattr(os, name)
         self.calls, self.at, self.code, self.count = 0, at, code, count
         self.failed = 0
-        monkeypatch.setattr(files.os, name, self)
+        monkeypatch.setattr(os, name, self)
 
     def __call__(self, *args: Any) -> int:
         self.calls += 1

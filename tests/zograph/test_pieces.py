@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_streaming_changes_no_bit(case: str, dtype: torch.dtype) -> None:
 def test_streaming_changes_no_bit_of_a_language_model(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "NUMBERED", pieces.re.compile("no such name"))
+    monkeypatch.setattr(pieces, "NUMBERED", re.compile("no such name"))
     step = compiled(name, memory="minimum", storage="disk")
     found = train(step, usual(name), 4, lambda i: i == 2)
     assert any(p.of is not None for p in step._weights.table.values())

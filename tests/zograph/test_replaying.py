@@ -16,6 +16,7 @@ from torch import nn
 import zograph
 from tests.zograph.seedlog import runs
 from zograph import replaying
+from zograph.applying import fold_terms
 from zograph.errors import LogError, OptionError, StoreError
 
 STEPS = 7
@@ -191,7 +192,7 @@ def test_what_is_there_is_replaced_only_when_asked(log: Path, tmp_path: Path) ->
 def test_an_interrupt_leaves_nothing(
     log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fold, calls = replaying.fold_terms, []
+    fold, calls = fold_terms, []
 
     def interrupted(*args: Any) -> None:
         fold(*args)

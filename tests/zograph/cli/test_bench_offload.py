@@ -185,7 +185,7 @@ def test_a_budget_that_is_too_small(shape: Path, tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(child.shutil, "disk_usage", lambda _: usage(3_000_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(3_000_000_000))
     child.check_space(tmp_path, 0, 10**9)
     with pytest.raises(InputError, match=r"5\.5 GB must be free \(1\.0 GB .* 4\.0 GB .* 3\.0 GB"):
         child.check_space(tmp_path, 10**9, 2 * 10**9)

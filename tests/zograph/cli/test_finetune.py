@@ -252,8 +252,9 @@ def test_interrupt_saves_the_weights_so_far(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from zograph.cli import training
+    from zograph.cli.progress import Progress
 
-    class Stopping(training.Progress):
+    class Stopping(Progress):
         def step(self, done: int, loss: torch.Tensor, lr: float) -> None:
             super().step(done, loss, lr)
             if done == 3:

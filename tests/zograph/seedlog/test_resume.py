@@ -65,7 +65,8 @@ def test_same_bits_on_any_way(way: str, fold_every: int, dtype: torch.dtype) -> 
 def test_an_empty_log_starts_at_step_0() -> None:
     runs.start(log="run.zolog").close()
     with runs.resume("run.zolog") as step:
-        assert step.last is None
+        before = step.last
+        assert before is None
         assert step.lr == 0.05
         runs.take(step, range(1))
         assert step.last.step == 0

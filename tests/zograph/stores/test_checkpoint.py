@@ -94,7 +94,7 @@ def test_conversion_is_chunked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     by_hand(tmp_path / SINGLE, tensors())
     real = os.preadv
-    monkeypatch.setattr(files.os, "preadv", lambda fd, v, o: real(fd, [v[0][:999]], o))
+    monkeypatch.setattr(os, "preadv", lambda fd, v, o: real(fd, [v[0][:999]], o))
     out = torch.empty(300, 70)
     Checkpoint(tmp_path).read("w", out)
     assert torch.equal(out, tensors()["w"])
@@ -108,7 +108,7 @@ def test_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "preadv", preadv)
+        patch.setattr(os, "preadv", preadv)
         with pytest.raises(StoreError, match=r"cannot be read at byte.*disk may be failing") as e:
             stored.read("w", torch.empty(300, 70))
     assert e.value.errno == 5

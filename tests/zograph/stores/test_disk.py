@@ -135,7 +135,7 @@ def stop_after(calls: int, monkeypatch: pytest.MonkeyPatch, torn: bool) -> Itera
         return real(fd, views, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "pwritev", pwritev)
+        patch.setattr(os, "pwritev", pwritev)
         yield
 
 
@@ -254,11 +254,11 @@ def test_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
         raise OSError(code, os.strerror(code))
 
     for name, seed in (("a", 1), ("b", 0)):
-        monkeypatch.setattr(files.os, "pwritev", pwritev)
+        monkeypatch.setattr(os, "pwritev", pwritev)
         with pytest.raises(StoreError, match=f"'{name}'.*value from before is still") as caught:
             write(store, name, 2)
         assert caught.value.errno == code
-        monkeypatch.setattr(files.os, "pwritev", real)
+        monkeypatch.setattr(os, "pwritev", real)
         assert small.same(store, name, seed)
         write(store, name, 2)
         assert small.same(store, name, 2)
@@ -272,7 +272,7 @@ def test_first_write_to_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, "no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(workfile.os, "ftruncate", full)
+        patch.setattr(os, "ftruncate", full)
         with pytest.raises(StoreError, match=r"Make space") as caught:
             write(store, "a", 1)
     assert caught.value.errno == errno.ENOSPC
@@ -341,12 +341,12 @@ def test_without_direct_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_o
         return real_write(fd, views, offset)
 
     if at_open:
-        monkeypatch.setattr(workfile.os, "open", refuse)
+        monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(workfile, "FLUSH", 3 * PAGE)
     store = small.disk_store(tmp_path)
     if not at_open:
         write(store, "a", 1)
-        monkeypatch.setattr(files.os, "pwritev", pwritev)
+        monkeypatch.setattr(os, "pwritev", pwritev)
     for name in small.TABLE:
         write(store, name, 2)
         assert small.same(store, name, 2)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from zograph.errors import StoreError
-from zograph.stores import folder as module
 from zograph.stores.folder import open_work_folder
 
 
@@ -85,7 +84,7 @@ def test_read_only_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: 
     def refuse(path: str, flags: int, mode: int = 0o777) -> int:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(module.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(StoreError, match=r"use another folder") as caught:
         open_work_folder(tmp_path / "w")
     assert caught.value.errno == code
