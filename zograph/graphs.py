@@ -23,7 +23,7 @@ from zograph.fixed_points.comparing import choose as choose_solver
 from zograph.ir import clone, info, meta
 from zograph.layout import Layout
 from zograph.looks import shared_results
-from zograph.memory import ROOMY, give_back, return_large_blocks, uncollected
+from zograph.memory import give_back, keep_little, uncollected
 from zograph.observers import Observers
 from zograph.options import Options
 from zograph.parameters import check_keys
@@ -104,9 +104,8 @@ class Graphs:
         self._known: dict[tuple[Signature, bool, bool], Captured | CaptureError] = {}
         self._warned = False
         self._spec: DeviceSpec | None = None
-        tight = options.memory == "minimum" or (options.memory or ROOMY) < ROOMY
-        if tight and options.device.type == "cpu":
-            return_large_blocks()
+        if options.device.type == "cpu":
+            keep_little(options.memory)
 
     @property
     def streamed(self) -> bool:

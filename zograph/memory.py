@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Literal
 
 
 def give_back(*, collect: bool = False) -> None:
@@ -40,23 +41,25 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-LARGE = 1 << 20
-ROOMY = 640 << 20
-"""Budget in bytes of which the 32 MiB that glibc may keep is a twentieth."""
+RETURNED = 1 << 20
+"""Bytes from which on a freed block goes back to the system at once, under a tight budget."""
+TIGHT = 640 << 20
+"""Budget in bytes of which the 32 MiB that glibc may keep are a twentieth."""
 M_MMAP_THRESHOLD = -3
 
 
-@cache
-def return_large_blocks() -> None:
-    """Let the C allocator return blocks of 1 MiB and more to the system as soon as they are freed.
+def keep_little(budget: int | Literal["minimum"] | None) -> None:
+    """Let the C allocator return large blocks as soon as they are freed, if a budget is tight.
 
-    glibc raises that limit up to 32 MiB as a process frees larger blocks, and then keeps what
-    fits below it: more than a budget below `ROOMY` has room for. It costs page faults. Holds
-    for the whole process. Does nothing where the C library is not glibc.
+    glibc raises the size from which on it does so up to 32 MiB as a process frees larger blocks,
+    and then keeps what is smaller: more than a budget below `TIGHT` has room for. Returning them
+    costs page faults. Holds for the whole process from then on. Does nothing where the C library
+    is not glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE)
+    if budget == "minimum" or (budget is not None and budget < TIGHT):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, RETURNED)
 
 
 @cache
