@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +32,11 @@ class StageUse:
         """Bytes beside weights and slots while the stage runs."""
         return self.live + self.cost.peak_bytes
 
+    @property
+    def rest(self) -> int:
+        """Bytes of it at the most without perturbed copies."""
+        return self.live + self.cost.rest_bytes
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -56,18 +62,23 @@ class Layout:
     """Steps from one write of a streamed weight to the next."""
     decoded: int = 0
     """Bytes in which a stage's weights are decoded; 0 where none is stored in a format."""
+    copies: int = 0
+    """Bytes that are kept for perturbed copies from stage to stage; 0: each stage asks for its own,
+    which costs page faults on a CPU."""
 
     @property
     def peak(self) -> int:
         """Most bytes of perturbed copies and activations at once."""
-        return max((u.peak for u in self.uses), default=0)
+        return working_bytes(self.uses, self.copies)
 
     @property
     def device_bytes(self) -> int:
         """Bytes of the device that a step takes."""
         return self.fixed + self.held + self.slots + self.decoded + self.peak
 
-    def room_for_copies(self, stage: int) -> int:
-        """Return the bytes of perturbed copies that may be kept all through a stage."""
-        (use,) = (u for u in self.uses if u.stage == stage)
-        return max(0, self.peak - use.live - use.cost.rest_bytes)
+
+def working_bytes(uses: Sequence[StageUse], copies: int) -> int:
+    """Return the most bytes beside weights and slots, with so many kept for perturbed copies."""
+    if copies:
+        return copies + max(u.rest for u in uses)
+    return max((u.peak for u in uses), default=0)

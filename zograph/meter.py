@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from zograph.pool import size_of
+
 Sizes = Mapping[sympy.Symbol, int]
 """A number for each symbol of a graph: the sizes of one batch."""
 
@@ -81,6 +83,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._given = {t.untyped_storage()._cdata for t in self.given}
         self._owned: dict[int, _Owned] = {}
 
+    def most(self, copies: int) -> int:
+        """Return the most bytes at once; with `copies`, as if these were kept all the time."""
+        return copies + self.rest_peak if copies else self.peak
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -100,7 +106,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         owned, new = self._owned.get(key), False
         if owned is None:
             new = True
-            owned = self._owned[key] = _Owned(storage_bytes(tensor), scratch)
+            nbytes = storage_bytes(tensor)
+            owned = self._owned[key] = _Owned(size_of(nbytes) if scratch else nbytes, scratch)
             self.live += owned.nbytes
             self.scratch += owned.nbytes if scratch else 0
             if self.live > self.peak:

@@ -19,7 +19,7 @@ from zograph.costs import Costs
 from zograph.device import DeviceSpec
 from zograph.errors import PlanError
 from zograph.ir import Kind, info, meta, output, placeholders
-from zograph.layout import Layout, StageUse, Tier
+from zograph.layout import Layout, StageUse, Tier, working_bytes
 from zograph.meter import Cost, Sizes, value_bytes
 from zograph.schedule.memory import aligned
 from zograph.stores.base import padded
@@ -52,6 +52,8 @@ class Candidate:
     pair: int | None
     uses: tuple[StageUse, ...]
     fixed: int
+    copies: int = 0
+    """As in :class:`zograph.layout.Layout`."""
 
     @cached_property
     def _held(self) -> tuple[tuple[tuple[str, int], ...], ...]:
@@ -76,7 +78,7 @@ class Candidate:
 
     def activations(self) -> int:
         """Return the bytes that neither weights nor slots take, at their highest."""
-        return self.fixed + self.decoded() + max((u.peak for u in self.uses), default=0)
+        return self.fixed + self.decoded() + working_bytes(self.uses, self.copies)
 
     def minimum(self) -> int:
         """Return the least budget: one stage's weights at a time, nothing fetched ahead."""
@@ -224,14 +226,24 @@ def finer_cuts(gm: fx.GraphModule) -> list[int]:
 
 
 def filled(candidate: Candidate, request: Request, budget: int) -> Layout:
-    """Use what the budget leaves for slots that work side by side, then for weights that stay."""
+    """Use what the budget leaves for slots that work side by side, then for weights that stay.
+
+    Ahead of these weights come, on a CPU, perturbed copies whose memory is kept.
+    """
+    depth, ways = candidate.depth(), [candidate]
+    if request.spec.kind == "cpu":
+        most = max((u.cost.scratch_bytes for u in candidate.uses), default=0)
+        ways.insert(0, replace(candidate, copies=most))
+    if not candidate.unrounded(request):
+        for way in ways:
+            if way.total() <= budget - way.activations():
+                return layout(way, request, way.weights(), 0)
+    roomy = (w for w in ways if w.overlapped(depth=depth) <= budget - w.activations())
+    candidate = next(roomy, candidate)
     room = budget - candidate.activations()
-    if candidate.total() <= room and not candidate.unrounded(request):
-        return layout(candidate, request, candidate.weights(), 0)
     if candidate.overlapped() > room:
         return layout(candidate, request, frozenset(), room)
     sizes = {n: padded(p.stored_bytes) for n, p in info(candidate.gm).params.items()}
-    depth = candidate.depth()
     while candidate.overlapped(depth=depth) > room:
         depth -= 1
     every = candidate.overlapped(depth=depth, every=True) <= room
@@ -288,6 +300,7 @@ def layout(candidate: Candidate, request: Request, resident: frozenset[str], slo
         uses=candidate.uses,
         fold_every=request.fold_every,
         decoded=candidate.decoded(),
+        copies=candidate.copies,
     )
 
 

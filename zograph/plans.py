@@ -109,13 +109,13 @@ def describe(gm: fx.GraphModule, layout: Layout, schedule: Schedule) -> Plan:
     staging = schedule.capacity.get("staging", 0)
     host = layout.tier == "host" and (layout.spec.kind == "cuda" or bool(layout.slots))
     top = max(layout.uses, key=lambda u: u.peak)
-    scratch = top.cost.scratch_at_peak
+    scratch = layout.copies or top.cost.scratch_at_peak
     items = {
         "resident weights": layout.held,
         "slots": layout.slots,
         **({"decoded weights": layout.decoded} if layout.decoded else {}),
         "perturbed copies": scratch,
-        "activations": top.peak - scratch,
+        "activations": layout.peak - scratch,
         "batch, buffers and keys": layout.fixed,
     }
     return Plan(

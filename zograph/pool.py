@@ -17,11 +17,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zograph.stores.base import LARGE, PAGE, padded, page_aligned
+
 __all__ = ["Pool", "pool"]
 
-PAGE = 4096
 SMALL = 64 * 1024
 """Below this many bytes malloc recycles without page faults, and the pool stays out of the way."""
+
+
+def size_of(nbytes: int) -> int:
+    """Return the bytes that the pool takes for a tensor of so many."""
+    return nbytes if nbytes < SMALL else padded(nbytes)
+
+
+def fresh(nbytes: int) -> torch.UntypedStorage:
+    """Return memory from the system, of huge pages where there is enough of it."""
+    new = page_aligned(nbytes) if nbytes >= LARGE else torch.empty(nbytes, dtype=torch.uint8)
+    return new.untyped_storage()
 
 
 class _Slot:
@@ -29,14 +41,35 @@ class _Slot:
 
     __slots__ = ("nbytes", "storage", "used")
 
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        # torch's CPU allocator aligns to 64 bytes.
-        self.storage = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+    def __init__(self, nbytes: int, storage: torch.UntypedStorage) -> None:
+        self.nbytes, self.storage = nbytes, storage
         self.used = time.monotonic()
 
     def free(self) -> bool:
         return int(torch._C._storage_Use_Count(self.storage._cdata)) == 1
+
+
+class _Region:
+    """One stretch of memory; a storage starts at its first gap that is large enough."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._memory = page_aligned(nbytes).numpy()
+        self._taken: list[tuple[int, _Slot]] = []  # by where they start
+
+    def take(self, need: int) -> torch.UntypedStorage | None:
+        """Return a storage that nothing else uses; None if no gap is large enough."""
+        self._taken = [(at, slot) for at, slot in self._taken if not slot.free()]
+        start, place = 0, 0
+        for at, slot in self._taken:
+            if at - start >= need:
+                break
+            start, place = at + slot.nbytes, place + 1
+        if start + need > self.nbytes:
+            return None
+        storage = torch.from_numpy(self._memory[start : start + need]).untyped_storage()
+        self._taken.insert(place, (start, _Slot(need, storage)))
+        return storage
 
 
 class Pool:
@@ -46,30 +79,21 @@ class Pool:
     ----------
     idle_seconds : float
         Free storages not handed out for this long are given back to the system.
-    limit : int, optional
-        The most bytes that the pool holds.  Free storages are given back before a new one would
-        exceed it, the longest idle first; memory that exceeds it all the same is not the pool's.
     """
 
-    def __init__(self, *, idle_seconds: float = 10.0, limit: int | None = None) -> None:
+    def __init__(self, *, idle_seconds: float = 10.0) -> None:
         self.idle_seconds = idle_seconds
-        self.limit = limit
         self._lock = threading.Lock()
+        self._region: _Region | None = None
         self._slots: dict[int, list[_Slot]] = {}
         self._sizes: list[int] = []  # the keys of _slots, sorted
         self._bytes = 0
-        self._peak = 0
         self._ticks = 0
 
     @property
     def bytes(self) -> int:
         """Bytes the pool holds, in use or free."""
-        return self._bytes
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes the pool ever held."""
-        return self._peak
+        return self._bytes + (self._region.nbytes if self._region else 0)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return an uninitialised, contiguous, 64-byte aligned CPU tensor.
@@ -88,7 +112,6 @@ class Pool:
         for size in shape:
             count *= size
         nbytes = count * dtype.itemsize
-        need = -(-nbytes // PAGE) * PAGE
         if nbytes < SMALL:
             return torch.empty(shape, dtype=dtype)
         strides = [1] * len(shape)
@@ -96,60 +119,52 @@ class Pool:
             strides[d - 1] = strides[d] * shape[d]
         out = torch.empty(0, dtype=dtype)
         with self._lock:
-            slot = self._find(need) or self._make(need)
-            if slot is None:
-                return torch.empty(shape, dtype=dtype)
-            slot.used = time.monotonic()
-            out.set_(slot.storage, 0, tuple(shape), tuple(strides))
-            self._ticks += 1
-            if self._ticks % 256 == 0:
-                self._drop_idle(slot.used - self.idle_seconds)
+            out.set_(self._storage(size_of(nbytes)), 0, tuple(shape), tuple(strides))
         return out
 
-    def bound(self, limit: int | None) -> None:
-        """Set `limit`, and give free storages back until it is kept."""
-        with self._lock:
-            self.limit = limit
-            if limit is not None:
-                self._evict(limit)
+    def bound(self, nbytes: int | None) -> None:
+        """Hold one region of so many bytes from now on, and nothing else.
 
-    def trim(self, nbytes: int = 0) -> None:
-        """Give free storages back, the longest idle first, until at most `nbytes` are held."""
+        What does not fit into it is not the pool's. With None, the pool holds what comes.
+        """
+        self.clear()
         with self._lock:
-            self._evict(nbytes)
+            self._region = None if nbytes is None else _Region(nbytes // PAGE * PAGE)
 
     def clear(self) -> None:
         """Give every free storage back."""
-        self.trim(0)
+        with self._lock:
+            for slot in self._idle():
+                self._remove(slot)
+
+    def _storage(self, need: int) -> torch.UntypedStorage:
+        if self._region is not None:
+            return self._region.take(need) or fresh(need)
+        slot = self._find(need) or self._make(need)
+        slot.used = time.monotonic()
+        self._ticks += 1
+        if self._ticks % 256 == 0:
+            self._drop_idle(slot.used - self.idle_seconds)
+        return slot.storage
 
     def _find(self, need: int) -> _Slot | None:
-        """The best free fit: the smallest size of at least `need`, at most twice that.
-
-        Under a limit no larger one will do: what a plan counts on is what it gets.
-        """
-        most = 2 * need if self.limit is None else need
+        """The best free fit: the smallest size of at least `need`, at most twice that."""
         for i in range(bisect_left(self._sizes, need), len(self._sizes)):
             size = self._sizes[i]
-            if size > most:
+            if size > 2 * need:
                 return None
             for slot in self._slots[size]:
                 if slot.free():
                     return slot
         return None
 
-    def _make(self, need: int) -> _Slot | None:
-        """Make a storage; None if the limit leaves no room to keep it."""
-        if self.limit is not None and self._bytes + need > self.limit:
-            self._evict(max(0, self.limit - need))
-            if self._bytes + need > self.limit:
-                return None
-        slot = _Slot(need)
+    def _make(self, need: int) -> _Slot:
+        slot = _Slot(need, fresh(need))
         if need not in self._slots:
             self._slots[need] = []
             insort(self._sizes, need)
         self._slots[need].append(slot)
         self._bytes += need
-        self._peak = max(self._peak, self._bytes)
         return slot
 
     def _remove(self, slot: _Slot) -> None:
@@ -161,14 +176,7 @@ class Pool:
         self._bytes -= slot.nbytes
 
     def _idle(self) -> list[_Slot]:
-        free = [slot for same in self._slots.values() for slot in same if slot.free()]
-        return sorted(free, key=lambda slot: slot.used)
-
-    def _evict(self, nbytes: int) -> None:
-        for slot in self._idle():
-            if self._bytes <= nbytes:
-                return
-            self._remove(slot)
+        return [slot for same in self._slots.values() for slot in same if slot.free()]
 
     def _drop_idle(self, before: float) -> None:
         for slot in self._idle():

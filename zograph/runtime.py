@@ -260,6 +260,8 @@ class Runner:
         assert layout is not None
         if self._session is None:
             self.weights.hold(layout.resident)
+            if layout.budget is not None and self.weights.device.type == "cpu":
+                pool.bound(layout.copies)
             held, coded = self.program.held(), self.program.moved_by("decode")
             self.slots = open_slots(schedule, held, self.program.params, self.weights, coded)
             actions = {task: self._action(task) for task in schedule.dag}
@@ -293,7 +295,6 @@ class Runner:
         layout = self.program.layout
         if layout is None or layout.budget is None or self.weights.device.type != "cpu":
             return
-        pool.bound(layout.room_for_copies(int(task.removeprefix("body "))))
         body = self.program.targets[task]
         if body != self._body:
             self._body = body

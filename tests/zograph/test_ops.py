@@ -355,17 +355,38 @@ def test_pool_fits_within_twice_and_gives_back() -> None:
     del small, half
     own.clear()
     assert own.bytes == 0
-    assert own.peak_bytes == (1 << 20) + (1 << 18)
 
 
-def test_pool_limit_and_idle_time() -> None:
-    own = Pool(limit=3 << 20)
-    for size in (1 << 20, 3 << 19, 5 << 18):
-        own.empty((size,), torch.uint8)
-    assert own.bytes <= 3 << 20
-    live = [own.empty((2 << 20,), torch.uint8) for _ in range(2)]
-    assert own.bytes <= 3 << 20  # the second one is not the pool's
-    assert live[0].data_ptr() != live[1].data_ptr()
+def test_a_bound_pool_holds_one_region() -> None:
+    own = Pool()
+    held = own.empty((1 << 20,), torch.uint8)
+    own.bound(3 << 20)
+    assert own.bytes == 4 << 20  # what is in use stays
+    del held
+    own.bound(3 << 20)
+    assert own.bytes == 3 << 20
+    first, second, third = (own.empty((1 << 20,), torch.uint8) for _ in range(3))
+    begin = first.data_ptr()
+    assert [t.data_ptr() - begin for t in (second, third)] == [1 << 20, 2 << 20]
+    del second
+    small = own.empty((1 << 19,), torch.uint8)  # into the gap
+    assert small.data_ptr() == begin + (1 << 20)
+    view = third.view(2, -1)[1]
+    del third
+    other = own.empty((1 << 20,), torch.uint8)  # in no gap; the view keeps the last third
+    assert not begin <= other.data_ptr() < begin + (3 << 20)
+    del view
+    assert own.empty((3 << 19,), torch.uint8).data_ptr() == begin + (3 << 19)
+    assert own.bytes == 3 << 20
+    own.bound(None)
+    first.fill_(1)  # its memory is there as long as it is
+    assert own.bytes == 0
+    own.bound(0)
+    assert own.empty((5 << 20,), torch.uint8).fill_(1).data_ptr() % 64 == 0
+    assert own.bytes == 0
+
+
+def test_pool_idle_time() -> None:
     idle = Pool(idle_seconds=0.0)
     idle.empty((1 << 20,), torch.uint8)
     for _ in range(300):

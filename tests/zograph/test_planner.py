@@ -227,6 +227,24 @@ def test_the_pair_limit_halves_the_largest_copy() -> None:
     assert max(u.cost.scratch_bytes for u in whole.uses) >= 2 * largest
 
 
+def test_copies_keep_their_memory_where_there_is_room() -> None:
+    least, whole = bounds("deep")
+    layouts = {b: chosen("deep", b) for b in range(least, whole + 1, (whole - least) // 40)}
+    kept = {b: found for b, found in layouts.items() if found.copies}
+    assert least not in kept
+    assert len(kept) > 10
+    for budget, found in kept.items():
+        assert found.copies == max(u.cost.scratch_bytes for u in found.uses)
+        assert found.peak == found.copies + max(u.rest for u in found.uses)
+        assert found.slots < found.device_bytes <= budget
+        gpu = replace(request("deep", budget), spec=replace(SPEC, kind="cuda"))
+        assert planner.chosen(ways("deep"), gpu).copies == 0
+        assert planner.chosen(ways("deep"), gpu).cut == found.cut
+    all_stay = chosen("deep", whole)  # with room for each stage's own copies alone
+    assert all_stay.copies == all_stay.slots == 0
+    assert all_stay.held == chosen("deep", None).held
+
+
 def test_more_forwards_need_more() -> None:
     one = choose(outlined("deep"), request("deep", "minimum")).device_bytes
     four = choose(outlined("deep"), request("deep", "minimum", frames=4)).device_bytes
