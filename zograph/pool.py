@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zograph.stores.base import LARGE, PAGE, padded, page_aligned
+from zograph.stores.base import LARGE, padded, page_aligned
 
 __all__ = ["Pool", "pool"]
 
@@ -127,15 +127,19 @@ class Pool:
 
         What does not fit into it is not the pool's. With None, the pool holds what comes.
         """
-        self.clear()
         with self._lock:
-            self._region = None if nbytes is None else _Region(nbytes // PAGE * PAGE)
+            if nbytes != (self._region.nbytes if self._region else None):
+                self._clear()
+                self._region = None if nbytes is None else _Region(nbytes)
 
     def clear(self) -> None:
         """Give every free storage back."""
         with self._lock:
-            for slot in self._idle():
-                self._remove(slot)
+            self._clear()
+
+    def _clear(self) -> None:
+        for slot in self._idle():
+            self._remove(slot)
 
     def _storage(self, need: int) -> torch.UntypedStorage:
         if self._region is not None:

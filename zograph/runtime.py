@@ -200,6 +200,9 @@ class Runner:
             If a transfer fails. No update is lost: the same step can be run again.
         """
         self._frames, program = frames, self.program
+        if self.weights.device.type == "cpu":
+            layout = program.layout
+            pool.bound(None if layout is None or layout.budget is None else layout.copies)
         try:
             with torch.no_grad():
                 for frame in frames:
@@ -260,8 +263,6 @@ class Runner:
         assert layout is not None
         if self._session is None:
             self.weights.hold(layout.resident)
-            if layout.budget is not None and self.weights.device.type == "cpu":
-                pool.bound(layout.copies)
             held, coded = self.program.held(), self.program.moved_by("decode")
             self.slots = open_slots(schedule, held, self.program.params, self.weights, coded)
             actions = {task: self._action(task) for task in schedule.dag}

@@ -172,6 +172,8 @@ def test_kept_copies_ask_the_system_for_nothing(monkeypatch: pytest.MonkeyPatch)
     tight(**batch)
     assert len(asked) > 10
     assert pool.bytes == 0
+    step(**batch)  # each has what its own plan says
+    assert pool.bytes == layout.copies
     tight.close()
     step.close()
 

@@ -363,6 +363,8 @@ def test_a_bound_pool_holds_one_region() -> None:
     own.bound(3 << 20)
     assert own.bytes == 4 << 20  # what is in use stays
     del held
+    own.bound(None)
+    own.clear()
     own.bound(3 << 20)
     assert own.bytes == 3 << 20
     first, second, third = (own.empty((1 << 20,), torch.uint8) for _ in range(3))

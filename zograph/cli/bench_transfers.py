@@ -7,6 +7,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,16 @@ def add_parser(kinds: Any) -> None:
     add("--seq", type=integer(2), default=32, metavar="S", help="tokens a row")
     add("--threads", type=integer(1), default=2, metavar="N")
     add("--rounds", type=integer(1), default=3, metavar="N")
+    add("--formats", nargs="*", choices=FORMATS, default=list(FORMATS), metavar="FORMAT",
+        help="beside float32")  # fmt: skip
     add("--backend", choices=("inductor", "eager"), default="inductor")
     add("--json", type=Path, metavar="FILE", help="write all numbers here")
 
 
-def ways() -> list[Way]:
+def ways(formats: Sequence[str]) -> list[Way]:
     """List what is measured: every period without a format, two periods of every format."""
     plain: list[Way] = [(None, period) for period in (*PERIODS, "auto")]
-    return plain + [(name, period) for name in FORMATS for period in (1, 4)]
+    return plain + [(name, period) for name in formats for period in (1, 4)]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,7 +81,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokens = torch.randint(0, 1000, (args.batch, args.seq))
     batch = {"input_ids": tokens, "labels": tokens}
     with ExitStack() as stack:
-        found = [Measured(args, way, folder, i, stack) for i, way in enumerate(ways())]
+        found = [Measured(args, way, folder, i, stack) for i, way in enumerate(ways(args.formats))]
         for one in found:
             one.take(batch, max(PERIODS) + 1)
             one.begin()

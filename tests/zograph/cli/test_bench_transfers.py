@@ -16,7 +16,7 @@ def test_bytes_fall_by_format_and_period(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ways = [(None, 1), (None, 4), ("bfloat16", 1), ("int8", 4)]
-    monkeypatch.setattr(bench_transfers, "ways", lambda: ways)
+    monkeypatch.setattr(bench_transfers, "ways", lambda _: ways)
     transformers.OPTConfig(
         vocab_size=1000, hidden_size=64, ffn_dim=256, word_embed_proj_dim=64, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=32,
