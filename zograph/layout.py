@@ -63,8 +63,8 @@ class Layout:
     decoded: int = 0
     """Bytes in which a stage's weights are decoded; 0 where none is stored in a format."""
     copies: int = 0
-    """Bytes that are kept for perturbed copies from stage to stage; 0: each stage asks for its own,
-    which costs page faults on a CPU."""
+    """Bytes that are kept for perturbed copies from stage to stage; 0: each stage keeps what its
+    peak leaves, and asks for the rest, which costs page faults on a CPU."""
 
     @property
     def peak(self) -> int:
@@ -75,6 +75,16 @@ class Layout:
     def device_bytes(self) -> int:
         """Bytes of the device that a step takes."""
         return self.fixed + self.held + self.slots + self.decoded + self.peak
+
+    @property
+    def most_copies(self) -> int:
+        """Most bytes of perturbed copies at once."""
+        return max((u.cost.scratch_bytes for u in self.uses), default=0)
+
+    def room_for_copies(self, stage: int) -> int:
+        """Return the bytes of perturbed copies that may be kept all through a stage."""
+        (use,) = (u for u in self.uses if u.stage == stage)
+        return max(0, self.peak - use.rest)
 
 
 def working_bytes(uses: Sequence[StageUse], copies: int) -> int:

@@ -9,15 +9,17 @@ the same.
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from zograph.stores.base import LARGE, padded, page_aligned
+from zograph.stores.base import LARGE, PAGE, padded, page_aligned, pages
 
 __all__ = ["Pool", "pool"]
 
@@ -53,23 +55,49 @@ class _Region:
     """One stretch of memory; a storage starts at its first gap that is large enough."""
 
     def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self._memory = page_aligned(nbytes).numpy()
+        self.nbytes = self.limit = nbytes
+        self.touched = 0
+        """Where memory ends that has been in use and was not given back."""
+        self._memory = pages(nbytes)
         self._taken: list[tuple[int, _Slot]] = []  # by where they start
 
     def take(self, need: int) -> torch.UntypedStorage | None:
-        """Return a storage that nothing else uses; None if no gap is large enough."""
+        """Return a storage that nothing else uses.
+
+        None if no gap is large enough. Then the gaps go back to the system: something else will
+        take as much.
+        """
+        gaps = self._gaps()
+        for place, (start, end) in enumerate(gaps):
+            if end - start >= need:
+                storage = torch.frombuffer(
+                    self._memory, dtype=torch.uint8, count=need, offset=start
+                ).untyped_storage()
+                self._taken.insert(place, (start, _Slot(need, storage)))
+                self.touched = max(self.touched, start + need)
+                return storage
+        for gap in gaps:
+            self._give_back(*gap)
+        return None
+
+    def shorten(self, limit: int) -> None:
+        """Let it end there from now on, at the latest."""
+        self.limit = min(limit // PAGE * PAGE, self.nbytes)
+        *_, (start, _) = self._gaps()
+        self._give_back(max(start, self.limit), self.touched)
+
+    def _gaps(self) -> list[tuple[int, int]]:
+        """List the gaps in order, with the last one up to the limit; some are empty."""
         self._taken = [(at, slot) for at, slot in self._taken if not slot.free()]
-        start, place = 0, 0
-        for at, slot in self._taken:
-            if at - start >= need:
-                break
-            start, place = at + slot.nbytes, place + 1
-        if start + need > self.nbytes:
-            return None
-        storage = torch.from_numpy(self._memory[start : start + need]).untyped_storage()
-        self._taken.insert(place, (start, _Slot(need, storage)))
-        return storage
+        starts = [0, *(at + slot.nbytes for at, slot in self._taken)]
+        return list(zip(starts, [*(at for at, _ in self._taken), self.limit], strict=True))
+
+    def _give_back(self, start: int, end: int) -> None:
+        if start < min(end, self.touched):
+            with suppress(AttributeError, OSError):  # where there is no such advice, it stays
+                self._memory.madvise(mmap.MADV_DONTNEED, start, min(end, self.touched) - start)
+            if end >= self.touched:
+                self.touched = start
 
 
 class Pool:
@@ -93,7 +121,7 @@ class Pool:
     @property
     def bytes(self) -> int:
         """Bytes the pool holds, in use or free."""
-        return self._bytes + (self._region.nbytes if self._region else 0)
+        return self._bytes + (self._region.touched if self._region else 0)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return an uninitialised, contiguous, 64-byte aligned CPU tensor.
@@ -123,7 +151,7 @@ class Pool:
         return out
 
     def bound(self, nbytes: int | None) -> None:
-        """Hold one region of so many bytes from now on, and nothing else.
+        """Hold one region of at most so many bytes from now on, and nothing else.
 
         What does not fit into it is not the pool's. With None, the pool holds what comes.
         """
@@ -131,6 +159,12 @@ class Pool:
             if nbytes != (self._region.nbytes if self._region else None):
                 self._clear()
                 self._region = None if nbytes is None else _Region(nbytes)
+
+    def shorten(self, nbytes: int) -> None:
+        """Let the region hold at most so many bytes from now on; what is in use stays."""
+        with self._lock:
+            if self._region is not None:
+                self._region.shorten(nbytes)
 
     def clear(self) -> None:
         """Give every free storage back."""

@@ -202,7 +202,7 @@ class Runner:
         self._frames, program = frames, self.program
         if self.weights.device.type == "cpu":
             layout = program.layout
-            pool.bound(None if layout is None or layout.budget is None else layout.copies)
+            pool.bound(None if layout is None or layout.budget is None else layout.most_copies)
         try:
             with torch.no_grad():
                 for frame in frames:
@@ -296,6 +296,7 @@ class Runner:
         layout = self.program.layout
         if layout is None or layout.budget is None or self.weights.device.type != "cpu":
             return
+        pool.shorten(layout.room_for_copies(int(task.removeprefix("body "))))
         body = self.program.targets[task]
         if body != self._body:
             self._body = body

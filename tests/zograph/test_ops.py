@@ -361,12 +361,10 @@ def test_a_bound_pool_holds_one_region() -> None:
     own = Pool()
     held = own.empty((1 << 20,), torch.uint8)
     own.bound(3 << 20)
-    assert own.bytes == 4 << 20  # what is in use stays
+    assert own.bytes == 1 << 20  # what is in use stays
     del held
-    own.bound(None)
     own.clear()
-    own.bound(3 << 20)
-    assert own.bytes == 3 << 20
+    assert own.bytes == 0
     first, second, third = (own.empty((1 << 20,), torch.uint8) for _ in range(3))
     begin = first.data_ptr()
     assert [t.data_ptr() - begin for t in (second, third)] == [1 << 20, 2 << 20]
@@ -380,6 +378,12 @@ def test_a_bound_pool_holds_one_region() -> None:
     del view
     assert own.empty((3 << 19,), torch.uint8).data_ptr() == begin + (3 << 19)
     assert own.bytes == 3 << 20
+    own.shorten(2 << 20)
+    assert own.bytes == 2 << 20
+    assert not begin <= own.empty((3 << 18,), torch.uint8).data_ptr() < begin + (3 << 20)
+    assert own.bytes == 3 << 19  # the gap at the end was given back
+    own.shorten(9 << 20)
+    assert own.empty((3 << 19,), torch.uint8).data_ptr() == begin + (3 << 19)
     own.bound(None)
     first.fill_(1)  # its memory is there as long as it is
     assert own.bytes == 0

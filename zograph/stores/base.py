@@ -25,17 +25,22 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
-def page_aligned(nbytes: int) -> torch.Tensor:
-    """Return a uint8 buffer that starts on a page and takes memory as it is first touched.
+def pages(nbytes: int) -> mmap.mmap:
+    """Return memory that is taken as it is first touched.
 
-    It is given back when the last tensor that views it is gone. Large ones are of huge pages where
+    It is given back when nothing views it any more. Large ones are of huge pages where
     the system has them: fewer faults, and less work for direct I/O, which holds every page.
     """
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if nbytes >= LARGE:
         with suppress(AttributeError, OSError):  # not Linux, or built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
+    return memory
+
+
+def page_aligned(nbytes: int) -> torch.Tensor:
+    """Return a uint8 buffer that starts on a page; see :func:`pages`."""
+    return torch.frombuffer(pages(nbytes), dtype=torch.uint8)[:nbytes]
 
 
 class Store(ABC):
