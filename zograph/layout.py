@@ -76,15 +76,15 @@ class Layout:
         """Bytes of the device that a step takes."""
         return self.fixed + self.held + self.slots + self.decoded + self.peak
 
-    @property
-    def most_copies(self) -> int:
-        """Most bytes of perturbed copies at once."""
-        return max((u.cost.scratch_bytes for u in self.uses), default=0)
-
     def room_for_copies(self, stage: int) -> int:
         """Return the bytes of perturbed copies that may be kept all through a stage."""
         (use,) = (u for u in self.uses if u.stage == stage)
         return max(0, self.peak - use.rest)
+
+
+def most_copies(uses: Sequence[StageUse]) -> int:
+    """Return the most bytes of perturbed copies at once."""
+    return max((u.cost.scratch_bytes for u in uses), default=0)
 
 
 def working_bytes(uses: Sequence[StageUse], copies: int) -> int:

@@ -19,7 +19,7 @@ from zograph.costs import Costs
 from zograph.device import DeviceSpec
 from zograph.errors import PlanError
 from zograph.ir import Kind, info, meta, output, placeholders
-from zograph.layout import Layout, StageUse, Tier, working_bytes
+from zograph.layout import Layout, StageUse, Tier, most_copies, working_bytes
 from zograph.meter import Cost, Sizes, value_bytes
 from zograph.schedule.memory import aligned
 from zograph.stores.base import padded
@@ -232,8 +232,7 @@ def filled(candidate: Candidate, request: Request, budget: int) -> Layout:
     """
     depth, ways = candidate.depth(), [candidate]
     if request.spec.kind == "cpu":
-        most = max((u.cost.scratch_bytes for u in candidate.uses), default=0)
-        ways.insert(0, replace(candidate, copies=most))
+        ways.insert(0, replace(candidate, copies=most_copies(candidate.uses)))
     if not candidate.unrounded(request):
         for way in ways:
             if way.total() <= budget - way.activations():

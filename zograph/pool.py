@@ -3,8 +3,9 @@
 Filling fresh memory costs page faults, ten times the filling itself.  The pool keeps a reference to
 every storage it hands out; a storage whose only reference is the pool's is dead and is handed out
 again.  A tensor, view, in-place reuse by Inductor or numpy array holds its own reference, so live
-memory is never recycled whatever a consumer does with it.  CPU only: CUDA's caching allocator does
-the same.
+memory is never recycled whatever a consumer does with it.  Under a memory budget all of them come
+from one region, of which each stage may use what its plan leaves.  CPU only: CUDA's caching
+allocator does the same.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ class Pool:
                 self._region.shorten(nbytes)
 
     def clear(self) -> None:
-        """Give every free storage back."""
+        """Give every free storage back; a region stays as it is."""
         with self._lock:
             self._clear()
 

@@ -19,6 +19,7 @@ from torch import fx
 from zograph.engine.cuda import CudaSession
 from zograph.engine.threads import Session
 from zograph.ir import Kind, info, meta, output, placeholders
+from zograph.layout import Layout, most_copies
 from zograph.memory import give_back
 from zograph.pool import pool
 from zograph.schedule import Stream
@@ -201,8 +202,7 @@ class Runner:
         """
         self._frames, program = frames, self.program
         if self.weights.device.type == "cpu":
-            layout = program.layout
-            pool.bound(None if layout is None or layout.budget is None else layout.most_copies)
+            pool.bound(None if self._limited is None else most_copies(self._limited.uses))
         try:
             with torch.no_grad():
                 for frame in frames:
@@ -291,12 +291,17 @@ class Runner:
             self.program.execute(self.program.bodies[task], frame, self._weight, self._rows)
         self.weights.leave(self.program.last.get(task, ()))
 
+    @property
+    def _limited(self) -> Layout | None:
+        """The layout, where a budget limits the memory of a CPU."""
+        layout, cpu = self.program.layout, self.weights.device.type == "cpu"
+        return layout if cpu and layout is not None and layout.budget is not None else None
+
     def _make_room(self, task: str) -> None:
         """Give back what earlier stages have left, where it would count against the budget."""
-        layout = self.program.layout
-        if layout is None or layout.budget is None or self.weights.device.type != "cpu":
+        if self._limited is None:
             return
-        pool.shorten(layout.room_for_copies(int(task.removeprefix("body "))))
+        pool.shorten(self._limited.room_for_copies(int(task.removeprefix("body "))))
         body = self.program.targets[task]
         if body != self._body:
             self._body = body

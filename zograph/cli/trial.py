@@ -173,12 +173,12 @@ class Trial:
         self.wrap(counted)
         self.step()
         layout = info(self.zo.graph).layout
-        copies = 0 if layout is None else layout.copies
+        assert layout is not None
         found = {
             "held": sum(padded(t.nbytes) for t in self.runner.weights.held.values()),
             "arena": self.zo.schedule.peak.get("device", 0),
             "fixed": self.fixed,
-            "stages": meter[0].most(copies),
+            "stages": meter[0].most(layout.copies),
         }
         return found | {"total": sum(found.values())}
 
