@@ -11,8 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
-from torch._inductor import config as inductor_config
-from torch._inductor import standalone_compile
 
 from zograph.ir import symbols
 from zograph.passes.base import Contract, Pass, PassContext, PassResult
@@ -118,12 +116,14 @@ def names_its_sizes(body: fx.GraphModule) -> bool:
 
 def compile_body(body: fx.GraphModule) -> Any:
     """Compile one body for the fake inputs that its placeholders carry."""
+    from torch._inductor import config, standalone_compile  # slow to import
+
     copy = fx.GraphModule(body, fx.Graph())
     copy.graph = body.graph
     for node in copy.graph.nodes:  # where standalone_compile looks for the shape environment
         node.meta["example_value"] = node.meta.get("val")
     inputs = [n.meta["val"] for n in copy.graph.nodes if n.op == "placeholder"]
-    with torch.no_grad(), inductor_config.patch(KEEP_ORDER), not_to_be_saved():
+    with torch.no_grad(), config.patch(KEEP_ORDER), not_to_be_saved():
         return standalone_compile(copy, inputs, dynamic_shapes="from_graph")
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import UserError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
@@ -164,6 +163,8 @@ def _user_line(error: BaseException) -> str:
 
 def _export(traced: _Traced, batch: dict[str, Any], sig: Signature) -> torch.export.ExportedProgram:
     """Export with one named dimension per symbol, its range narrowed where export asks for it."""
+    from torch._dynamo.exc import UserError  # slow to import
+
     dims: dict[str, Any] = {}
     for leaf in sig.leaves:
         dims |= {s: Dim(s, min=2) for s in leaf.sizes if isinstance(s, str) and s not in dims}

@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
 from zograph.errors import OptionError
 from zograph.formats import parse_transfer_dtype
@@ -241,6 +239,9 @@ def make_options(
 def usable_backend(backend: Literal["inductor", "eager"]) -> Literal["inductor", "eager"]:
     """Fall back to eager, with a warning, where Inductor finds no C++ compiler."""
     if backend == "inductor":
+        from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
+        from torch._inductor.exc import InvalidCxxCompiler
+
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:

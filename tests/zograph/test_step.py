@@ -479,12 +479,13 @@ def test_random_draws_in_eval_mode_are_refused() -> None:
 
 
 def test_without_a_compiler_the_backend_becomes_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
 
     def none() -> str:
         raise InvalidCxxCompiler
 
-    monkeypatch.setattr(zograph.compiler, "get_cpp_compiler", none)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler found"):
         step = zograph.compile(CNN(), loss_fn=xy_loss, device="cpu")
     assert step.options.backend == "eager"
