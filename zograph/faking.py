@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,10 +31,26 @@ def fake_copy(
     twin = copy.deepcopy(model, memo)
     twin.eval()
     for module in twin.modules():
+        module._apply = partial(_cast, module)  # type: ignore[method-assign]
         config = getattr(module, "config", None)
         if config is not None and getattr(config, "use_cache", False) is True:
             config.use_cache = False
     return twin
+
+
+def _cast(
+    module: nn.Module, cast: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
+    """Cast a module that is being traced, as in a forward with ``self.router.to(torch.float32)``.
+
+    What `nn.Module.to` would replace for good the graph casts whenever it runs.
+    """
+    for part in module.modules() if recurse else (module,):
+        for held in (part._parameters, part._buffers):
+            for name, t in held.items():
+                if t is not None and (new := cast(t)).dtype != t.dtype:
+                    held[name] = new  # type: ignore[assignment]
+    return module
 
 
 def placed(leaf: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

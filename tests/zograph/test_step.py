@@ -468,6 +468,27 @@ def test_no_graph_names_model_line_and_way_out() -> None:
     assert "torch.where" in str(caught.value)
 
 
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast", [torch.float32, torch.float64])
+def test_a_forward_may_cast_a_module(base: torch.dtype, cast: torch.dtype) -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(4, 2)
+            self.gate.register_buffer("scale", torch.tensor([1.0, 0.5]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.gate = self.gate.to(cast)
+            return (self.gate(x.to(cast)) * self.gate.scale).square().mean()
+
+    model, x = Router().to(base), torch.randn(3, 4, dtype=base)
+    step = zograph.compile(model, backend="eager", device="cpu")
+    step(x=x)
+    step.synchronize()
+    assert {t.dtype for t in model.state_dict().values()} == {base}
+    assert torch.equal(step.evaluate(x=x), copy.deepcopy(model)(x))
+
+
 def test_random_draws_in_eval_mode_are_refused() -> None:
     class Noisy(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

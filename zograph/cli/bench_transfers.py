@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -83,14 +84,21 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         found = [Measured(args, way, folder, i, stack) for i, way in enumerate(ways(args.formats))]
         for one in found:
+            tell(f"warming up: {one.format or 'float32'}, K = {one.asked}")
             one.take(batch, max(PERIODS) + 1)
             one.begin()
-        for _ in range(args.rounds):
+        for i in range(args.rounds):
+            tell(f"measuring: round {i + 1} of {args.rounds}")
             for one in found:
                 one.take(batch, 1)
                 one.seconds += one.take(batch, max(PERIODS) // 2)
         rows = [one.row(found[0].loss) for one in found]
     return {"model": args.model, "threads": args.threads, "torch": torch.__version__, "ways": rows}
+
+
+def tell(what: str) -> None:
+    """Say on stderr what is under way: all of it takes minutes."""
+    print(what, file=sys.stderr, flush=True)
 
 
 class Measured:
