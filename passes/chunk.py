@@ -106,7 +106,10 @@ def spans(pieces: list[fx.Node]) -> list[tuple[int, int]]:
 
 
 def chunk_embedding(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Look each index up in the piece that has its row."""
+    """Look each index up in the piece that has its row; NaN if none has.
+
+    A batch on the CPU is refused before that; one on a device is not read for it.
+    """
     index, found = node.args[1], None
     pieces = pieces_of(node.args[0]) or []
     with gm.graph.inserting_before(node):
@@ -114,10 +117,11 @@ def chunk_embedding(gm: fx.GraphModule, node: fx.Node) -> None:
             height = piece.meta["val"].shape[0]
             inside, local = locate(node, index, height)
             looked_up = emit(node, aten.embedding.default, piece, local)
-            if found is not None:
-                mask = emit(node, aten.unsqueeze.default, inside, -1)
-                looked_up = emit(node, aten.where.self, mask, looked_up, found)
-            found = looked_up
+            mask = emit(node, aten.unsqueeze.default, inside, -1)
+            if found is None:
+                found = emit(node, aten.where.ScalarOther, mask, looked_up, math.nan)
+            else:
+                found = emit(node, aten.where.self, mask, looked_up, found)
             index = emit(node, aten.sub.Tensor, index, height)
     assert found is not None
     node.replace_all_uses_with(found)
@@ -227,7 +231,11 @@ def is_pointwise(target: Any) -> bool:
 
 
 class Running:
-    """A cross entropy over columns that come in turn: maximum, sum and the label's logit so far."""
+    """A cross entropy over columns that come in turn: maximum, sum and the label's logit so far.
+
+    The logit is NaN as long as no column was the label's, so that a label which is none of the
+    classes cannot go unnoticed.
+    """
 
     def __init__(self, loss: fx.Node, steps: list[Step]) -> None:
         self.loss, self.steps = loss, steps
@@ -243,7 +251,7 @@ class Running:
         if part.meta["val"].dtype != torch.float32:
             part = self.emit(aten._to_copy.default, part, dtype=torch.float32)
         if self.state is None:
-            self.state = tuple(self.full(x) for x in (-math.inf, 0.0, 0.0))  # type: ignore[assignment]
+            self.state = tuple(self.full(x) for x in (-math.inf, 0.0, math.nan))  # type: ignore[assignment]
         assert self.state is not None
         most, total, picked = self.state
         larger = do(aten.maximum.default, most, do(aten.amax.default, part, [-1]))

@@ -77,6 +77,17 @@ def test_golden_and_semantics(golden: Golden) -> None:
     golden.check(gm, "chunk_after")
 
 
+@pytest.mark.parametrize(("name", "wrong"), [("labels", 10), ("labels", -2), ("ids", 10)])
+def test_what_no_piece_has_is_no_number(name: str, wrong: int) -> None:
+    gm = language_model()
+    Chunk().apply(gm, PassContext())
+    names = [meta(n).name for n in placeholders(gm)]
+    inputs = inputs_for(gm)
+    assert gm(*inputs)[0].isfinite()
+    inputs[names.index(name)][1] = wrong
+    assert gm(*inputs)[0].isnan()
+
+
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 def test_every_reduction(reduction: int) -> None:
     assert "cross_entropy" not in check(language_model(reduction=reduction))
