@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 from torch._ops import OpOverload
 
-from zograph import ir
+from zograph import ir, printer
 from zograph.transfers import GATHER, RELEASE, is_transfer
 from zograph.verifier import Fault, Scope
 
@@ -63,30 +63,10 @@ def paired(scope: Scope) -> Iterator[Fault]:
 
 def hoisted(scope: Scope) -> Iterator[Fault]:
     """Hoisted nodes need no trainable parameter and no branch."""
-    params = scope.info.params
-    reason: dict[fx.Node, str] = {}
-    for node in scope.nodes:
-        record = scope.metas[node]
-        if node.op == "placeholder":
-            if record.kind is ir.Kind.PARAMETER:
-                param = params.get(record.name or "")
-                if param is None or param.trainable:
-                    reason[node] = f"the trainable parameter {record.name}"
-            continue
-        if record.kind is ir.Kind.WEIGHT:  # a list of weights may hold frozen ones as well
-            if params[str(record.name)].trainable:
-                reason[node] = f"the trainable parameter {record.name}"
-            continue
-        if is_transfer(node):
-            continue
-        why = next((reason[s] for s in node.all_input_nodes if s in reason), None)
-        if why is None and record.branch is not None:
-            why = f"branch {record.branch}"
-        if why is not None:
-            reason[node] = why
-        if record.hoisted and why is not None and node.op != "output":
+    for node, why in _needs(scope.gm, scope.info, {}).items():
+        if scope.metas[node].hoisted and node.op != "output":
             advice = "mark a node hoisted only if all that it uses is"
-            yield Fault(node, "a hoisted node that both branches can share", f"{why}", advice)
+            yield Fault(node, "a hoisted node that both branches can share", why, advice)
 
 
 def stages(scope: Scope) -> Iterator[Fault]:
@@ -157,6 +137,42 @@ def _parameters(scope: Scope) -> Iterator[Fault]:
             if tuple(val.shape) != (len(names), 2):
                 advice = "keep GraphInfo.keys and the table's placeholder together"
                 yield Fault(node, f"one key for each of {names}", scope.type(val), advice)
+
+
+def _needs(
+    gm: fx.GraphModule, record: ir.GraphInfo, given: dict[fx.Node, str]
+) -> dict[fx.Node, str]:
+    """Return the nodes that need a trainable parameter or a branch, each with one that it needs.
+
+    Results of a stage are told apart: one may be shared, though others are not.
+
+    Parameters
+    ----------
+    given
+        The same for placeholders, where the graph is a stage's body.
+    """
+    found = dict(given)
+    for node in gm.graph.nodes:
+        own = ir.meta(node)
+        if own.kind in (ir.Kind.PARAMETER, ir.Kind.WEIGHT):
+            param = record.params.get(own.name or "")  # one of a list, which holds frozen ones too
+            if param is None or param.trainable:
+                found[node] = f"the trainable parameter {own.name}"
+            continue
+        if node.op == "placeholder" or is_transfer(node):
+            continue
+        why = next((found[s] for s in node.all_input_nodes if s in found), None)
+        if why is not None and own.hoisted and node.target is operator.getitem:
+            stage, i = cast(tuple[fx.Node, int], node.args)
+            if (body := printer.body_of(gm, stage)) is not None:
+                takes = zip(ir.placeholders(body), cast(list[fx.Node], stage.args), strict=True)
+                within = _needs(body, record, {p: found[s] for p, s in takes if s in found})
+                why = within.get(cast(list[fx.Node], ir.output(body).args[0])[i])
+        if why is None and own.branch is not None:
+            why = f"branch {own.branch}"
+        if why is not None:
+            found[node] = why
+    return found
 
 
 def _halves(pair: fx.Node, scope: Scope) -> Iterator[Fault]:

@@ -88,15 +88,35 @@ class Toy(nn.Module):
         return found
 
 
+class LowRank(nn.Module):
+    """A frozen layer and a trainable product of two thin matrices beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 4, bias=False)
+        self.up = nn.Linear(4, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
 def new_model(name: str) -> nn.Module:
-    if name != "toy":
+    if name == "toy":
+        torch.manual_seed(0)
+        return Toy()
+    if name != "adapters":
         return build(name)
-    torch.manual_seed(0)
-    return Toy()
+    model: Any = build("opt").requires_grad_(False)
+    for layer in model.model.decoder.layers:
+        for projection in ("q_proj", "v_proj"):
+            base = getattr(layer.self_attn, projection)
+            setattr(layer.self_attn, projection, LowRank(base))
+    return model
 
 
 def data(name: str, rows: int, length: int, seed: int = 0) -> Batch:
-    return batch("opt" if name == "toy" else name, rows, length, seed)
+    return batch("opt" if name in ("toy", "adapters") else name, rows, length, seed)
 
 
 def compiled(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> zograph.ZOStep:
@@ -148,8 +168,9 @@ def budgets(name: str, dtype: torch.dtype = torch.float32) -> dict[str, int]:
 def resident(name: str, dtype: torch.dtype = torch.float32, steps: int = 20) -> Outcome:
     """Return the run with all weights on the device."""
     outcome = train(compiled(name, dtype), usual(name), steps, lambda i: i == steps // 2)
-    start = weights(new_model(name).to(dtype))
-    assert all(not torch.equal(w, start[n]) for n, w in outcome.weights.items() if "norm" not in n)
+    start = new_model(name).to(dtype).named_parameters()
+    learnt = {n: p for n, p in start if p.requires_grad and "norm" not in n}
+    assert all(not torch.equal(outcome.weights[n], p) for n, p in learnt.items())
     return outcome
 
 
@@ -237,6 +258,11 @@ def check(case: str, name: str, dtype: torch.dtype, steps: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_streaming_changes_no_bit(case: str) -> None:
     check(case, "toy", torch.float32, 8)
+
+
+@pytest.mark.parametrize("case", ["minimum, host, serial", "minimum, disk"])
+def test_adapters_beside_frozen_weights(case: str) -> None:
+    check(case, "adapters", torch.float32, 6)
 
 
 EVERYWHERE = [

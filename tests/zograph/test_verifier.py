@@ -300,6 +300,13 @@ def hoisted_weight() -> fx.GraphModule:
     return gm
 
 
+@breaks("hoisted", "the trainable parameter wte")
+def hoisted_result_of_a_stage() -> fx.GraphModule:
+    gm = dual("lower")
+    annotate(find(gm, operator.getitem, 2), hoisted=True)
+    return gm
+
+
 @breaks("hoisted", "found:    branch +")
 def hoisted_branch() -> fx.GraphModule:
     gm = two_blocks()
