@@ -126,27 +126,27 @@ inline float value_of(float q, float s, int type) {
   const float v = q * s, most = type == F32 ? FLT_MAX : type == F16 ? 65504.0f : 0x1.fep127f;
   return std::min(std::max(v, -most), most);  // 64 times a power of two may be beyond
 }
-// Rounds a block in place; keeps its integers and its scale where they are wanted.
+// Rounds a block: keeps its integers, if they are wanted, else the values; returns its scale.
 template <bool S>
 float round_block(float* w, int n, const uint32_t* y, int type, int8_t* keep, Counts& c) {
-  float most = 0.0f;
   int clipped = 0, nan = 0;
+  int32_t size = 0;  // of the largest element, as bits: integers are compared many at a time
   for (int i = 0; i < n; i++) {
     const float v = w[i], a = std::fabs(v);
     clipped += a > FLT_MAX;
     nan += v != v;
     w[i] = a > FLT_MAX ? std::copysign(FLT_MAX, v) : v == v ? v : 0.0f;
-    most = std::max(most, std::fabs(w[i]));
+    size = std::max(size, (int32_t)(bits(w[i]) & 0x7fffffffu));
   }
   c.clipped += clipped; c.nan += nan;
-  const float s = scale_of(most, type), by = s > 0.0f ? s : 1.0f;
+  const float s = scale_of(real(size), type), by = s > 0.0f ? s : 1.0f;
   for (int i = 0; i < n; i++) {
     const float t = s > 0.0f ? w[i] / by : 0.0f, f = std::floor(t);
-    float q = S ? f + (float)(unit(y[i]) < t - f) : whole(t);
-    q = std::min(std::max(q, -127.0f), 127.0f) + 0.0f;  // no negative zero
-    if (keep) keep[i] = (int8_t)q;
-    w[i] = value_of(q, s, type);
+    const float q = S ? f + (float)(unit(y[i]) < t - f) : whole(t);
+    w[i] = std::min(std::max(q, -127.0f), 127.0f) + 0.0f;  // no negative zero
   }
+  if (keep) for (int i = 0; i < n; i++) keep[i] = (int8_t)(int32_t)w[i];
+  else for (int i = 0; i < n; i++) w[i] = value_of(w[i], s, type);
   return s;
 }
 
