@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from zograph.errors import CaptureError, ZographError, first_line
-from zograph.faking import fake_copy, placed
+from zograph.faking import castable, fake_copy, placed
 from zograph.fixed_points.entering import enter_cells
 from zograph.fixed_points.tracing import TracedCell, tracing_cells
 from zograph.ir import KEY, GraphInfo, Kind, NodeMeta, fake_mode, info, placeholders
@@ -234,7 +234,7 @@ def capture(
         leaves = [placed(x, device, compute_dtype) for x in leaves]
     stand_ins = pytree.tree_unflatten(leaves, pytree.tree_structure(dict(batch)))
     try:
-        with tracing_cells() as cells:
+        with tracing_cells() as cells, castable(traced):
             ep = _export(traced, stand_ins, sig)
     except ZographError:
         raise

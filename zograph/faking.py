@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,20 +32,31 @@ def fake_copy(
     twin = copy.deepcopy(model, memo)
     twin.eval()
     for module in twin.modules():
-        module._apply = partial(_cast, module)  # type: ignore[method-assign]
         config = getattr(module, "config", None)
         if config is not None and getattr(config, "use_cache", False) is True:
             config.use_cache = False
     return twin
 
 
-def _cast(
-    module: nn.Module, cast: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-) -> nn.Module:
-    """Cast a module that is being traced, as in a forward with ``self.router.to(torch.float32)``.
+@contextmanager
+def castable(model: nn.Module) -> Iterator[None]:
+    """Let a forward that is traced cast a module, as ``self.router.to(torch.float32)`` does.
 
     What `nn.Module.to` would replace for good the graph casts whenever it runs.
     """
+    modules = list(model.modules())
+    for module in modules:
+        vars(module)["_apply"] = partial(_cast, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del vars(module)["_apply"]
+
+
+def _cast(
+    module: nn.Module, cast: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
     for part in module.modules() if recurse else (module,):
         for held in (part._parameters, part._buffers):
             for name, t in held.items():
