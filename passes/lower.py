@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +14,7 @@ from zograph.passes.base import Contract, Pass, PassContext, PassResult
 from zograph.passes.normalize import expression
 from zograph.passes.partition import body_form
 from zograph.printer import cell_of
+from zograph.silence import silenced
 
 # Inductor would gather all materialize calls ahead of the matmuls that use them; the graph's
 # own order lets perturbed copies die young.
@@ -123,21 +121,7 @@ def compile_body(body: fx.GraphModule) -> Any:
     for node in copy.graph.nodes:  # where standalone_compile looks for the shape environment
         node.meta["example_value"] = node.meta.get("val")
     inputs = [n.meta["val"] for n in copy.graph.nodes if n.op == "placeholder"]
-    with torch.no_grad(), config.patch(KEEP_ORDER), not_to_be_saved():
+    # a body without kernels of its own cannot be saved, nor is it meant to be
+    no_use = silenced("torch._inductor.standalone_compile", "artifact generation failed")
+    with torch.no_grad(), config.patch(KEEP_ORDER), no_use:
         return standalone_compile(copy, inputs, dynamic_shapes="from_graph")
-
-
-@contextmanager
-def not_to_be_saved() -> Iterator[None]:
-    """Hold back torch's warning that a body without kernels of its own cannot be saved."""
-    log = logging.getLogger("torch._inductor.standalone_compile")
-    log.addFilter(is_no_such_warning)
-    try:
-        yield
-    finally:
-        log.removeFilter(is_no_such_warning)
-
-
-def is_no_such_warning(record: logging.LogRecord) -> bool:
-    """Whether a record says anything else."""
-    return "artifact generation failed" not in record.getMessage()

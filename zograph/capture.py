@@ -34,6 +34,7 @@ from zograph.memory import uncollected
 from zograph.parameters import parameter_table
 from zograph.pieces import enter_in_pieces
 from zograph.signature import Signature
+from zograph.silence import silenced
 
 LossFn = Callable[..., Any]
 
@@ -90,6 +91,17 @@ class _Returned:
     spec: pytree.TreeSpec | None = None
 
 
+class _ForwardFailed(Exception):
+    """Takes the error of a forward past torch.export.
+
+    For some errors that would print the graph so far, which may be thousands of lines.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class _Traced(nn.Module):
     """The function that is exported: batch in, (loss, flat outputs) out."""
 
@@ -101,7 +113,12 @@ class _Traced(nn.Module):
         self.returned = _Returned([])
 
     def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        loss, out = self._run(batch)
+        try:
+            loss, out = self._run(batch)
+        except ZographError:
+            raise
+        except Exception as error:
+            raise _ForwardFailed(error) from error
         if self.want_loss:
             loss = self._checked(loss)
         self.returned.leaves, self.returned.spec = pytree.tree_flatten(out)
@@ -149,6 +166,18 @@ def _find_loss(out: Any) -> Any:
     if isinstance(out, (tuple, list)):
         return out[0] if out and isinstance(out[0], torch.Tensor) and not out[0].ndim else None
     return out if isinstance(out, torch.Tensor) and not out.ndim else None
+
+
+def _no_graph(model: nn.Module, sig: Signature, error: Exception) -> CaptureError:
+    """Say what went wrong, where, and what to do."""
+    return CaptureError(
+        f"{type(model).__name__} could not be captured for ({sig}): "
+        f"{type(error).__name__}: {first_line(error)}"
+        f"{_user_line(error)}\n"
+        f"A graph needs a forward without branches or loops on tensor values. Replace them by "
+        f"torch.where, torch.cond or fixed sizes, or choose another attention or experts "
+        f"implementation in the model's config."
+    )
 
 
 def _user_line(error: BaseException) -> str:
@@ -234,19 +263,15 @@ def capture(
         leaves = [placed(x, device, compute_dtype) for x in leaves]
     stand_ins = pytree.tree_unflatten(leaves, pytree.tree_structure(dict(batch)))
     try:
-        with tracing_cells() as cells, castable(traced):
+        no_use = silenced("torch.fx.experimental.symbolic_shapes", "Unable to find user code")
+        with tracing_cells() as cells, castable(traced), no_use:
             ep = _export(traced, stand_ins, sig)
     except ZographError:
         raise
-    except Exception as error:  # the user's forward may raise anything; it is chained
-        raise CaptureError(
-            f"{type(model).__name__} could not be captured for ({sig}): "
-            f"{type(error).__name__}: {first_line(error)}"
-            f"{_user_line(error)}\n"
-            f"A graph needs a forward without branches or loops on tensor values. Replace them by "
-            f"torch.where, torch.cond or fixed sizes, or choose another attention or experts "
-            f"implementation in the model's config."
-        ) from error
+    except _ForwardFailed as failed:
+        raise _no_graph(model, sig, failed.error) from failed.error
+    except Exception as error:
+        raise _no_graph(model, sig, error) from error
     return _finish(model, ep, traced, sig, cells)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -454,7 +455,9 @@ def test_a_model_without_a_loss() -> None:
         step(x=torch.ones(2, 3))
 
 
-def test_no_graph_names_model_line_and_way_out() -> None:
+def test_no_graph_names_model_line_and_way_out(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     class Branchy(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if x.sum() > 0:  # the line to be named
@@ -466,6 +469,9 @@ def test_no_graph_names_model_line_and_way_out() -> None:
         step(x=torch.ones(2, 3))
     assert "the line to be named" in str(caught.value)
     assert "torch.where" in str(caught.value)
+    assert type(caught.value.__cause__).__name__ == "GuardOnDataDependentSymNode"
+    assert "def forward" not in capfd.readouterr().err
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
