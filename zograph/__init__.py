@@ -1,7 +1,6 @@
 """zograph: zeroth-order fine-tuning as compiler passes over PyTorch graphs."""
 
 from zograph import errors, passes
-from zograph.capture import Evaluation
 from zograph.compiler import compile, resume
 from zograph.device import DeviceSpec
 from zograph.fixed_points import FixedPointInfo, fixed_point
@@ -13,6 +12,7 @@ from zograph.plans import Plan
 from zograph.records import Direction, StepRecord
 from zograph.replaying import replay
 from zograph.step import ZOStep
+from zograph.traced import Evaluation
 from zograph.trajectory import Anderson
 
 __version__ = "0.1.0"

@@ -7,10 +7,9 @@ moved, cast, switched to eval mode nor otherwise touched, and no weight is read.
 
 from __future__ import annotations
 
-import inspect
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,23 +34,10 @@ from zograph.parameters import parameter_table
 from zograph.pieces import enter_in_pieces
 from zograph.signature import Signature
 from zograph.silence import silenced
-
-LossFn = Callable[..., Any]
+from zograph.traced import ForwardFailed, LossFn, Traced
 
 KEPT = ("val", KEY, "unbacked_bindings")
 """What stays of the metadata that export leaves on a node; the rest takes megabytes."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What :meth:`ZOStep.evaluate` returns where the loss comes from a `loss_fn`."""
-
-    loss: torch.Tensor | None
-    output: Any
-    """What the model returned (a list where `loss_fn` called it more than once)."""
-
-
-pytree.register_dataclass(Evaluation)
 
 
 @dataclass
@@ -83,91 +69,6 @@ class Capture:
         return self._admitted[key]
 
 
-@dataclass
-class _Returned:
-    """What the model returned while it was traced (export resets attributes of modules)."""
-
-    leaves: list[Any]
-    spec: pytree.TreeSpec | None = None
-
-
-class _ForwardFailed(Exception):
-    """Takes the error of a forward past torch.export.
-
-    For some errors that would print the graph so far, which may be thousands of lines.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-class _Traced(nn.Module):
-    """The function that is exported: batch in, (loss, flat outputs) out."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn | None, want_loss: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-        self.want_loss = want_loss
-        self.returned = _Returned([])
-
-    def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        try:
-            loss, out = self._run(batch)
-        except ZographError:
-            raise
-        except Exception as error:
-            raise _ForwardFailed(error) from error
-        if self.want_loss:
-            loss = self._checked(loss)
-        self.returned.leaves, self.returned.spec = pytree.tree_flatten(out)
-        tensors = [leaf for leaf in self.returned.leaves if isinstance(leaf, torch.Tensor)]
-        return (loss, *tensors) if self.want_loss else tuple(tensors)
-
-    def _run(self, batch: dict[str, Any]) -> tuple[Any, Any]:
-        if self.loss_fn is None:
-            extra = {}
-            if "use_cache" in inspect.signature(self.model.forward).parameters:
-                extra = {} if "use_cache" in batch else {"use_cache": False}
-            out = self.model(**batch, **extra)
-            return _find_loss(out), out
-        returned: list[Any] = []
-        handle = self.model.register_forward_hook(lambda _m, _a, o: returned.append(o))
-        try:
-            loss = self.loss_fn(self.model, **batch)
-        finally:
-            handle.remove()
-        return loss, Evaluation(loss, returned[0] if len(returned) == 1 else returned)
-
-    def _checked(self, loss: Any) -> torch.Tensor:
-        name = type(self.model).__name__
-        if not isinstance(loss, torch.Tensor):
-            what = "loss_fn returned" if self.loss_fn else f"{name} returned"
-            raise CaptureError(
-                f"{what} no loss (found {type(loss).__name__}). Put labels= into the batch if the "
-                f"model computes its own loss, or pass loss_fn=lambda model, **batch: ... to "
-                f"zograph.compile."
-            )
-        if loss.ndim or not loss.is_floating_point():
-            raise CaptureError(
-                f"the loss of {name} has shape {list(loss.shape)} and dtype {loss.dtype}; a "
-                f"0-dimensional floating-point tensor is needed, for example loss.mean()."
-            )
-        return loss
-
-
-def _find_loss(out: Any) -> Any:
-    """Return the loss in what a model returned, by the conventions of transformers."""
-    if isinstance(out, Mapping):
-        return out.get("loss")
-    if hasattr(out, "loss"):
-        return out.loss
-    if isinstance(out, (tuple, list)):
-        return out[0] if out and isinstance(out[0], torch.Tensor) and not out[0].ndim else None
-    return out if isinstance(out, torch.Tensor) and not out.ndim else None
-
-
 def _no_graph(model: nn.Module, sig: Signature, error: Exception) -> CaptureError:
     """Say what went wrong, where, and what to do."""
     return CaptureError(
@@ -190,7 +91,7 @@ def _user_line(error: BaseException) -> str:
     return ""
 
 
-def _export(traced: _Traced, batch: dict[str, Any], sig: Signature) -> torch.export.ExportedProgram:
+def _export(traced: Traced, batch: dict[str, Any], sig: Signature) -> torch.export.ExportedProgram:
     """Export with one named dimension per symbol, its range narrowed where export asks for it."""
     from torch._dynamo.exc import UserError  # slow to import
 
@@ -257,7 +158,7 @@ def capture(
     """
     device = device or torch.device("cpu")
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    traced = _Traced(fake_copy(model, mode, device, compute_dtype), loss_fn, want_loss)
+    traced = Traced(fake_copy(model, mode, device, compute_dtype), loss_fn, want_loss)
     with mode:
         leaves = [leaf.stand_in(sig.level) for leaf in sig.leaves]
         leaves = [placed(x, device, compute_dtype) for x in leaves]
@@ -268,9 +169,9 @@ def capture(
             ep = _export(traced, stand_ins, sig)
     except ZographError:
         raise
-    except _ForwardFailed as failed:
+    except ForwardFailed as failed:
         raise _no_graph(model, sig, failed.error) from failed.error
-    except Exception as error:
+    except Exception as error:  # torch.export's own
         raise _no_graph(model, sig, error) from error
     return _finish(model, ep, traced, sig, cells)
 
@@ -278,7 +179,7 @@ def capture(
 def _finish(
     model: nn.Module,
     ep: torch.export.ExportedProgram,
-    traced: _Traced,
+    traced: Traced,
     sig: Signature,
     cells: list[TracedCell],
 ) -> Capture:
@@ -340,7 +241,7 @@ def _finish(
     return Capture(gm, sig, symbols, _ranges(symbols, ep), constants, guards)
 
 
-def _record_outputs(record: GraphInfo, traced: _Traced) -> None:
+def _record_outputs(record: GraphInfo, traced: Traced) -> None:
     index = int(traced.want_loss)
     where: list[int | None] = []
     for leaf in traced.returned.leaves:

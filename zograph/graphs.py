@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from zograph.bounds import Bound, check_bounds, find_bounds
-from zograph.capture import Capture, LossFn, capture
+from zograph.capture import Capture, capture
 from zograph.device import DeviceSpec
 from zograph.elision import PERIODS, choose_period
 from zograph.errors import CaptureError
@@ -34,6 +34,7 @@ from zograph.pipeline import Pipeline, run
 from zograph.planner import Request, choose
 from zograph.runtime import Program, Runner
 from zograph.signature import Signature, flatten, signatures, sizes
+from zograph.traced import LossFn
 from zograph.weights import Weights
 
 MANY_CAPTURES = 8

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from zograph.capture import Evaluation
 from zograph.errors import BatchError
 from zograph.export import LazyStateDict, save_pretrained, save_streamed
 from zograph.fixed_points import Choice
@@ -25,6 +24,7 @@ from zograph.runtime import Frame, Runner
 from zograph.schedule import Schedule
 from zograph.seedlog import LogFile
 from zograph.starting import open_run, recorded_choices, warn_of_eval_mode
+from zograph.traced import Evaluation
 from zograph.trajectory.control import State
 from zograph.trajectory.path import Trajectory
 

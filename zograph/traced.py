@@ -1,0 +1,113 @@
+"""The function that is exported: a batch in, the loss and all outputs out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from zograph.errors import CaptureError, ZographError
+
+LossFn = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :meth:`ZOStep.evaluate` returns where the loss comes from a `loss_fn`."""
+
+    loss: torch.Tensor | None
+    output: Any
+    """What the model returned (a list where `loss_fn` called it more than once)."""
+
+
+pytree.register_dataclass(Evaluation)
+
+
+@dataclass
+class Returned:
+    """What the model returned while it was traced (export resets attributes of modules)."""
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec | None = None
+
+
+class ForwardFailed(Exception):
+    """Takes the error of a forward past torch.export.
+
+    For some errors that would print the graph so far, which may be thousands of lines.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Traced(nn.Module):
+    """The function that is exported: batch in, (loss, flat outputs) out."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn | None, want_loss: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+        self.want_loss = want_loss
+        self.returned = Returned([])
+
+    def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        try:
+            loss, out = self._run(batch)
+        except ZographError:
+            raise
+        except Exception as error:  # the user's forward may raise anything; it is chained
+            raise ForwardFailed(error) from error
+        if self.want_loss:
+            loss = self._checked(loss)
+        self.returned.leaves, self.returned.spec = pytree.tree_flatten(out)
+        tensors = [leaf for leaf in self.returned.leaves if isinstance(leaf, torch.Tensor)]
+        return (loss, *tensors) if self.want_loss else tuple(tensors)
+
+    def _run(self, batch: dict[str, Any]) -> tuple[Any, Any]:
+        if self.loss_fn is None:
+            extra = {}
+            if "use_cache" in inspect.signature(self.model.forward).parameters:
+                extra = {} if "use_cache" in batch else {"use_cache": False}
+            out = self.model(**batch, **extra)
+            return _find_loss(out), out
+        returned: list[Any] = []
+        handle = self.model.register_forward_hook(lambda _m, _a, o: returned.append(o))
+        try:
+            loss = self.loss_fn(self.model, **batch)
+        finally:
+            handle.remove()
+        return loss, Evaluation(loss, returned[0] if len(returned) == 1 else returned)
+
+    def _checked(self, loss: Any) -> torch.Tensor:
+        name = type(self.model).__name__
+        if not isinstance(loss, torch.Tensor):
+            what = "loss_fn returned" if self.loss_fn else f"{name} returned"
+            raise CaptureError(
+                f"{what} no loss (found {type(loss).__name__}). Put labels= into the batch if the "
+                f"model computes its own loss, or pass loss_fn=lambda model, **batch: ... to "
+                f"zograph.compile."
+            )
+        if loss.ndim or not loss.is_floating_point():
+            raise CaptureError(
+                f"the loss of {name} has shape {list(loss.shape)} and dtype {loss.dtype}; a "
+                f"0-dimensional floating-point tensor is needed, for example loss.mean()."
+            )
+        return loss
+
+
+def _find_loss(out: Any) -> Any:
+    """Return the loss in what a model returned, by the conventions of transformers."""
+    if isinstance(out, Mapping):
+        return out.get("loss")
+    if hasattr(out, "loss"):
+        return out.loss
+    if isinstance(out, (tuple, list)):
+        return out[0] if out and isinstance(out[0], torch.Tensor) and not out[0].ndim else None
+    return out if isinstance(out, torch.Tensor) and not out.ndim else None
