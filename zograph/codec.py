@@ -1,8 +1,8 @@
 """How a weight is stored in a format, and read again with its pending terms: the definition.
 
-This file *is* the definition; the C++ kernel gives the same bits. A weight is computed in float32
-whatever its dtype; a number of a format is exact in it and in every wider dtype, so that storing
-what was rounded to the format changes nothing.
+This file *is* the definition; the C++ and Triton kernels give the same bits. A weight is computed
+in float32 whatever its dtype; a number of a format is exact in it and in every wider dtype, so that
+storing what was rounded to the format changes nothing.
 
 **Floating formats.** A magnitude above the largest finite one becomes that one. Nearest rounds
 ties to even.
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from zograph.formats import BLOCK, Format
-from zograph.kernels import Terms, codec, tiles
-from zograph.kernels.engine import engine_for
+from zograph.kernels import Terms, tiles
+from zograph.kernels.engine import codec_for, engine_for
 from zograph.noise import Words, stream_words
 
 SALT = 0x5DEECE66D1CE4E5B - (1 << 63)
@@ -58,9 +58,10 @@ def encode(weight: Tensor, form: Format, stored: Tensor) -> Tensor:
         int64 [2], on the device: elements that were beyond the format's range, and NaNs.
     """
     weight, raw = weight.detach().view(-1), stored.view(torch.uint8).view(-1)
-    if codec.serves(weight):
-        return codec.encode(weight, form.code, raw)
-    scales, data = parts(raw, form, weight.numel())
+    kernels = codec_for(weight)
+    if kernels is not None:
+        return kernels.encode(weight, form, raw)
+    scales, data = form.parts(raw, weight.numel())
     counts = torch.zeros(2, dtype=torch.int64, device=weight.device)
     for a, b in _tiles(weight):
         value = weight[a:b].to(torch.float32)
@@ -116,9 +117,10 @@ def decode(
     seeds, coefs, scales = terms
     if ends is None:
         ends = torch.zeros(seeds.numel(), dtype=torch.bool)
-    if codec.serves(flat):
-        return codec.decode(
-            raw, form.code, flat, terms, key, ends, salt=SALT,
+    kernels = codec_for(flat)
+    if kernels is not None:
+        return kernels.decode(
+            raw, form, flat, terms, key, ends, salt=SALT,
             stochastic=rounding == "stochastic", distribution=distribution, first=first,
         )  # fmt: skip
     counts = torch.zeros(2, dtype=torch.int64, device=out.device)
@@ -143,21 +145,14 @@ def decode(
 
 
 def _tiles(weight: Tensor) -> Iterator[tuple[int, int]]:
-    """Cut elements into ranges that take bounded memory; on a GPU few, since each launches."""
-    size = tiles.TILE if weight.is_cpu else 32 * tiles.TILE
-    for a in range(0, weight.numel(), size):
-        yield a, min(a + size, weight.numel())
-
-
-def parts(raw: Tensor, form: Format, numel: int) -> tuple[Tensor, Tensor]:
-    """View stored bytes as scales, of which a floating format has none, and elements."""
-    head = 4 * form.scales(numel)
-    return raw[:head].view(torch.float32), raw[head : form.nbytes(numel)].view(form.dtype)
+    """Cut elements into ranges that take bounded memory."""
+    for a in range(0, weight.numel(), tiles.TILE):
+        yield a, min(a + tiles.TILE, weight.numel())
 
 
 def unpacked(raw: Tensor, form: Format, like: Tensor, a: int, b: int) -> Tensor:
     """Return elements a to b (a begins a block) of a stored weight like `like`, in float32."""
-    scales, data = parts(raw, form, like.numel())
+    scales, data = form.parts(raw, like.numel())
     value = data[a:b].to(torch.float32)
     if form.scaled:
         value = scaled(value, scales[a // BLOCK : -(-b // BLOCK)], like.dtype)

@@ -61,6 +61,11 @@ class Format:
         """Return the shape that a stored weight has in a graph: with scales it is flat."""
         return (self.nbytes(math.prod(shape)),) if self.scaled else shape
 
+    def parts(self, raw: torch.Tensor, numel: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """View stored bytes as scales, of which a floating format has none, and elements."""
+        head = 4 * self.scales(numel)
+        return raw[:head].view(torch.float32), raw[head : self.nbytes(numel)].view(self.dtype)
+
     def empty(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """Return a tensor for a stored weight, as it is in a graph."""
         return torch.empty(self.shape(shape), dtype=self.dtype, device=device)

@@ -114,13 +114,13 @@ def test_int8_has_a_scale_for_each_block() -> None:
     form, weight = FORMATS["int8"], values(torch.float32)[:1000]
     raw = stored(weight, form)
     assert raw.numel() == 4 * 8 + 1000
-    scales, whole = codec.parts(raw, form, 1000)
+    scales, whole = form.parts(raw, 1000)
     first = weight[:BLOCK].abs().max()
     assert float(scales[0]) == pytest.approx(float(first) / 127, rel=2**-16)
     assert int(whole[:BLOCK].abs().max()) == 127
     assert bool((scales * 127 == (scales.double() * 127)).all())  # exact in float32
     half = stored(weight.bfloat16(), form)
-    assert bool((torch.frexp(codec.parts(half, form, 1000)[0])[0].abs() <= 0.5).all())
+    assert bool((torch.frexp(form.parts(half, 1000)[0])[0].abs() <= 0.5).all())
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zograph import kernels
+from zograph.formats import Format
 from zograph.kernels import DTYPES, Terms
 
 SOURCE = Path(__file__).with_name("codec.cpp")
@@ -35,8 +36,8 @@ def serves(weight: Tensor) -> bool:
     return weight.is_cpu and weight.dtype in DTYPES and _library() is not None
 
 
-def encode(weight: Tensor, code: int, stored: Tensor) -> Tensor:
-    """Write a weight into its stored bytes; return how many elements were clipped and NaN."""
+def encode(weight: Tensor, form: Format, stored: Tensor) -> Tensor:
+    """See :class:`zograph.kernels.engine.Codec`."""
     library = _library()
     assert library is not None
     counts = torch.zeros(2, dtype=torch.int64)
@@ -44,7 +45,7 @@ def encode(weight: Tensor, code: int, stored: Tensor) -> Tensor:
         weight.data_ptr(),
         DTYPES[weight.dtype],
         weight.numel(),
-        code,
+        form.code,
         stored.data_ptr(),
         torch.get_num_threads(),
         counts.data_ptr(),
@@ -54,7 +55,7 @@ def encode(weight: Tensor, code: int, stored: Tensor) -> Tensor:
 
 def decode(
     stored: Tensor,
-    code: int,
+    form: Format,
     out: Tensor,
     terms: Terms,
     key: int,
@@ -65,24 +66,14 @@ def decode(
     distribution: str,
     first: int,
 ) -> Tensor:
-    """Write a stored weight with its terms into `out`; return counts as `encode` does.
-
-    Parameters
-    ----------
-    ends : Tensor
-        bool[r]: the terms behind which the weight is rounded to its format.
-    salt : int
-        What tells the stream of rounding from that of the noise.
-    first : int
-        Noise index of the first element.
-    """
+    """See :class:`zograph.kernels.engine.Codec`."""
     library = _library()
     assert library is not None
     seeds, coefs, scales = terms
     counts = torch.zeros(2, dtype=torch.int64)
     library.zg_decode(
         stored.data_ptr(),
-        code,
+        form.code,
         out.numel(),
         out.data_ptr(),
         DTYPES[out.dtype],

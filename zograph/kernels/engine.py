@@ -1,4 +1,4 @@
-"""Which of the noise engines serves a tensor; all give the same bits."""
+"""Which kernels serve a tensor, for noise and for stored formats; all give the same bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from zograph import kernels
-from zograph.kernels import Terms, tiles
+from zograph.formats import Format
+from zograph.kernels import Terms, codec, tiles
 
 
 class Engine(Protocol):
@@ -70,6 +71,42 @@ class Engine(Protocol):
         """
 
 
+class Codec(Protocol):
+    """What stores weights in formats: `zograph.kernels.codec` (C++), `.triton_codec`.
+
+    Tensors are contiguous and on one device.
+    """
+
+    def encode(self, weight: Tensor, form: Format, stored: Tensor) -> Tensor:
+        """Write a weight into its stored bytes; return how many elements were clipped and NaN."""
+
+    def decode(
+        self,
+        stored: Tensor,
+        form: Format,
+        out: Tensor,
+        terms: Terms,
+        key: int,
+        ends: Tensor,
+        *,
+        salt: int,
+        stochastic: bool,
+        distribution: str,
+        first: int,
+    ) -> Tensor:
+        """Write a stored weight with its terms into `out`; return counts as `encode` does.
+
+        Parameters
+        ----------
+        ends : Tensor
+            bool[r], on the CPU: the terms behind which the weight is rounded to its format.
+        salt : int
+            What tells the stream of rounding from that of the noise.
+        first : int
+            Noise index of the first element.
+        """
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed."""
@@ -84,3 +121,12 @@ def engine_for(base: Tensor, dtype: torch.dtype) -> Engine:
         return triton_noise
     known = base.is_cpu and base.dtype in kernels.DTYPES and dtype in kernels.DTYPES
     return kernels if known and kernels.available() else tiles
+
+
+def codec_for(weight: Tensor) -> Codec | None:
+    """Return what converts weights like this one, None if only the definition does."""
+    if weight.is_cuda and has_triton():
+        from zograph.kernels import triton_codec  # only there
+
+        return triton_codec
+    return codec if codec.serves(weight) else None

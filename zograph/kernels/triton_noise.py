@@ -58,8 +58,8 @@ def _halves(x):
 
 
 @triton.jit
-def _noise(index, seed, key, normal: tl.constexpr):
-    """The float32 noise of elements `index` (int64) of the stream of (seed, key), integers."""
+def two_words(index, seed, key):
+    """The first two words of elements `index` (int64) of the stream of (seed, key), integers."""
     k0, k1, k2, k3 = _words(seed.to(tl.uint64), key.to(tl.uint64))
     lo = index.to(tl.uint32)
     hi = _shift((index >> 32).to(tl.uint32) * 0x9E3779B1, 16)
@@ -68,7 +68,15 @@ def _noise(index, seed, key, normal: tl.constexpr):
     x = _shift(x * 0xC2B2AE35, 16)
     y = _shift((x + k2) * 0x7FEB352D, 15)
     y = _shift((y ^ (k3 + hi)) * 0x846CA68B, 16)
+    return x, y
+
+
+@triton.jit
+def _noise(index, seed, key, normal: tl.constexpr):
+    """The float32 noise of elements `index` (int64) of the stream of (seed, key), integers."""
+    x, y = two_words(index, seed, key)
     if normal:
+        _, k1, _, _ = _words(seed.to(tl.uint64), key.to(tl.uint64))
         v = _shift((y + k1) * 0x31848BAB, 14)
         v = _shift((v ^ x) * 0x2C1B3C6D, 17)
         total = (_halves(x) + _halves(y) + _halves(v)).to(tl.int32) - 196605
@@ -91,7 +99,7 @@ def _term(w, index, seed, key, coef, normal: tl.constexpr):
 
 
 @triton.jit
-def _owed(
+def owed(
     w,
     index,
     seeds,
@@ -111,7 +119,7 @@ def _owed(
 
 
 @triton.jit
-def _rounded(w, like: tl.constexpr):
+def rounded(w, like: tl.constexpr):
     """Round to a dtype as torch does, float64 to a 16-bit one by way of float32."""
     if like.primitive_bitwidth == 16:
         w = w.to(tl.float32)
@@ -135,8 +143,8 @@ def _fold(
 ):
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     w = tl.load(base + at, mask=at < n).to(work)
-    w = _owed(w, at + first, seeds, coefs, scales, count, key, scaled, normal)
-    tl.store(base + at, _rounded(w, base.dtype.element_ty), mask=at < n)
+    w = owed(w, at + first, seeds, coefs, scales, count, key, scaled, normal)
+    tl.store(base + at, rounded(w, base.dtype.element_ty), mask=at < n)
 
 
 @triton.jit(do_not_specialize=["n", "height", "width", "count", "slot"])
@@ -178,13 +186,13 @@ def _perturb(
     key, first = tl.load(keys + 2 * slot), tl.load(keys + 2 * slot + 1)
     index = source + first
     if count > 0:
-        w = _owed(w, index, seeds, coefs, scales, count, key, scaled, normal)
+        w = owed(w, index, seeds, coefs, scales, count, key, scaled, normal)
         w = w.to(base.dtype.element_ty).to(work)
     d = tl.load(eps).to(work) * _noise(index, tl.load(probe), key, normal).to(work)
     if has_plus:
-        tl.store(plus + at, _rounded(w + d, plus.dtype.element_ty), mask=inside)
+        tl.store(plus + at, rounded(w + d, plus.dtype.element_ty), mask=inside)
     if has_minus:
-        tl.store(minus + at, _rounded(w - d, minus.dtype.element_ty), mask=inside)
+        tl.store(minus + at, rounded(w - d, minus.dtype.element_ty), mask=inside)
 
 
 def perturb(
@@ -204,14 +212,14 @@ def perturb(
     assert out is not None
     seeds, coefs, scales = terms
     height = base.shape[0] if base.dim() else 1
-    _launch(
-        _perturb, base.device, out.numel(),
-        base, base if index is None else index, _or(plus, out), _or(minus, out),
+    launch(
+        _perturb, out, BLOCK,
+        base, base if index is None else index, instead(plus, out), instead(minus, out),
         out.numel(), height, base.numel() // max(height, 1),
-        seeds, coefs, _or(scales, coefs), seeds.numel(), keys, slot, seed, eps,
+        seeds, coefs, instead(scales, coefs), seeds.numel(), keys, slot, seed, eps,
         work=_work(base), by_rows=index is not None,
         has_plus=plus is not None, has_minus=minus is not None,
-        scaled=scales is not None, normal=distribution == "normal",
+        scaled=scales is not None, normal=distribution == "normal", block=BLOCK,
     )  # fmt: skip
 
 
@@ -227,20 +235,24 @@ def fold(
     seeds, coefs, scales = terms
     cuts = [] if ends is None else (ends[:-1].nonzero().view(-1) + 1).tolist()
     for a, b in zip([0, *cuts], [*cuts, seeds.numel()], strict=True):
-        _launch(
-            _fold, base.device, base.numel(),
-            base, base.numel(), seeds[a:b], coefs[a:b], _or(scales, coefs)[a:b], b - a, key, first,
+        launch(
+            _fold, base, BLOCK,
+            base, base.numel(),
+            seeds[a:b], coefs[a:b], instead(scales, coefs)[a:b], b - a, key, first,
             work=_work(base), scaled=scales is not None, normal=distribution == "normal",
+            block=BLOCK,
         )  # fmt: skip
 
 
-def _launch(kernel: Any, where: torch.device, n: int, *args: Any, **constants: Any) -> None:
-    if n:
-        with torch.cuda.device(where):
-            kernel[(-(-n // BLOCK),)](*args, **constants, block=BLOCK, enable_fp_fusion=False)
+def launch(kernel: Any, like: Tensor, each: int, *args: Any, **constants: Any) -> None:
+    """Run a kernel on the elements of `like`, `each` of them a program."""
+    if like.numel():
+        with torch.cuda.device_of(like):
+            kernel[(-(-like.numel() // each),)](*args, **constants, enable_fp_fusion=False)
 
 
-def _or(wanted: Tensor | None, other: Tensor) -> Tensor:
+def instead(wanted: Tensor | None, other: Tensor) -> Tensor:
+    """Return a tensor, or another one where there is none: a kernel takes no None."""
     return other if wanted is None else wanted
 
 

@@ -1,0 +1,87 @@
+"""Run the Triton kernels in Triton's interpreter, on the CPU, beside the definitions.
+
+``python -m tests.zograph.interpreted`` prints as JSON how many cases there were and the names of
+those whose bits differ. A process of its own, since Triton reads the switch when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import product
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+
+from tests.zograph.test_codec import ENDS, PAIRS, TERMS, values
+from zograph import codec
+from zograph.formats import FORMATS, Format
+from zograph.kernels import Terms, tiles, triton_codec, triton_noise
+from zograph.kernels import codec as native
+
+DISTRIBUTIONS = ("normal", "rademacher")
+FAR = 2**32 - 5000
+"""An index from which the low word overflows soon."""
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def formats() -> Iterator[tuple[str, bool]]:
+    """Encode and decode in every way."""
+    native.serves = lambda weight: False  # the definition
+    pairs = [(*pair.values, str(pair.id)) for pair in PAIRS]
+    for dtype, form, name in [*pairs, (torch.float64, FORMATS["int8"], "int8 of float64")]:
+        assert isinstance(form, Format)
+        weight = values(torch.float32 if dtype is torch.float64 else dtype).to(dtype)
+        raw, found = (torch.zeros(form.nbytes(len(weight)), dtype=torch.uint8) for _ in range(2))
+        counts = codec.encode(weight, form, raw)
+        seen = triton_codec.encode(weight, form, found)
+        yield f"encode {name}", torch.equal(raw, found) and torch.equal(counts, seen)
+        for rounding, distribution in product(("nearest", "stochastic"), DISTRIBUTIONS):
+            for terms, ends in ((TERMS, ENDS), (codec.NOTHING, ENDS[:0])):
+                a, b = torch.empty_like(weight), torch.empty_like(weight)
+                more = {"distribution": distribution, "first": FAR}
+                seen = codec.decode(raw, form, a, terms, -77, ends=ends, rounding=rounding, **more)
+                counts = triton_codec.decode(
+                    raw, form, b, terms, -77, ends,
+                    salt=codec.SALT, stochastic=rounding == "stochastic", **more,
+                )  # fmt: skip
+                case = f"decode {name}, {rounding}, {distribution}, {len(terms[0])} terms"
+                yield case, same(a, b) and torch.equal(counts, seen)
+
+
+def noise() -> Iterator[tuple[str, bool]]:
+    """Fold and perturb in every way but into bfloat16, where the interpreter cuts off."""
+    generator = torch.Generator().manual_seed(0)
+    keys, probe, eps = torch.tensor([[0, 0], [-77, FAR]]), torch.tensor(13), torch.tensor(0.01)
+    rows = torch.tensor([3, 0, 3, 8])
+    dtypes = (torch.float32, torch.float16, torch.float64)
+    for dtype, distribution, decays in product(dtypes, DISTRIBUTIONS, (True, False)):
+        terms: Terms = (TERMS[0], TERMS[1], TERMS[2] if decays else None)
+        weight = torch.randn(9, 701, generator=generator, dtype=torch.float64).to(dtype)
+        name = f"{dtype}, {distribution}, decay {decays}"
+        both = [weight.clone() for _ in range(2)]
+        for engine, base in zip((tiles, triton_noise), both, strict=True):
+            engine.fold(base, terms, -77, distribution, ENDS, FAR)
+        yield f"fold {name}", same(*both)
+        for index, out in product((None, rows), (torch.float32, torch.float16)):
+            shape = weight.shape if index is None else (4, 701)
+            found = [[torch.empty(shape, dtype=out) for _ in range(2)] for _ in range(2)]
+            for engine, outs in zip((tiles, triton_noise), found, strict=True):
+                given = (*outs, terms, keys, 1, probe, eps, distribution)
+                engine.perturb(weight, index, *given)
+            yield f"perturb {name}, {out}, {index}", all(map(same, *found))
+
+
+def main() -> None:
+    cases = [*formats(), *noise()]
+    print(json.dumps({"cases": len(cases), "differ": [name for name, ok in cases if not ok]}))
+
+
+if __name__ == "__main__":
+    main()
