@@ -1,7 +1,7 @@
 """Run the Triton kernels in Triton's interpreter, on the CPU, beside the definitions.
 
 ``python -m tests.zograph.interpreted`` prints as JSON how many cases there were and the names of
-those whose bits differ. A process of its own, since Triton reads the switch when it is imported.
+those that differ. A process of its own, since Triton reads the switch when it is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.zograph.test_codec import ENDS, PAIRS, TERMS, values
 from zograph import codec
 from zograph.formats import FORMATS, Format
-from zograph.kernels import Terms, tiles, triton_codec, triton_noise
+from zograph.kernels import Terms, tiles, triton_codec, triton_mixing, triton_noise
 from zograph.kernels import codec as native
 
 DISTRIBUTIONS = ("normal", "rademacher")
@@ -78,8 +78,40 @@ def noise() -> Iterator[tuple[str, bool]]:
             yield f"perturb {name}, {out}, {index}", all(map(same, *found))
 
 
+def mixing() -> Iterator[tuple[str, bool]]:
+    """Observe and mix rows shorter and longer than a program's part, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, width in product((torch.float32, torch.float16), (5, 4096, 9001)):
+        value, z = (torch.randn(3, width, generator=generator).to(dtype) for _ in range(2))
+        values, residuals = (torch.randn(3, 4, width, generator=generator) for _ in range(2))
+        slot, active = torch.tensor([0, 3, 2]), torch.tensor([True, False, True])
+        expected = [values.clone(), residuals.clone()]
+        step = value.double() - z.double()
+        for b in (0, 2):
+            expected[0][b, slot[b]] = value[b].float()
+            expected[1][b, slot[b]] = step[b].float()
+        sums = torch.einsum("bd,bsd->bs", step, expected[1].double())
+        own = torch.stack([step.square().sum(1), value.double().square().sum(1)], dim=1)
+        found = triton_mixing.observe(value, z, values, residuals, slot, active)
+        wanted = torch.cat([sums, own], dim=1) * active[:, None]
+        name = f"{dtype}, {width}"
+        stored = torch.equal(values, expected[0]) and torch.equal(residuals, expected[1])
+        yield f"observe {name}", stored and torch.allclose(found, wanted, atol=1e-3)
+        yield f"norms {name}", torch.allclose(triton_mixing.norms(value, z), own, rtol=1e-5)
+        weights = torch.randn(3, 4, generator=generator).double()
+        weights[:, 1] = 0
+        values[:, 1] = float("nan")
+        for damping in (0.0, -0.25):
+            out = torch.empty(3, width, dtype=dtype)
+            triton_mixing.mix(weights, damping, values, residuals, out)
+            terms = (values + damping * residuals).double()[:, [0, 2, 3]]
+            total = torch.einsum("bs,bsd->bd", weights[:, [0, 2, 3]], terms)
+            close = 1e-5 if dtype is torch.float32 else 2e-3
+            yield f"mix {name}, {damping}", torch.allclose(out.double(), total, close, close)
+
+
 def main() -> None:
-    cases = [*formats(), *noise()]
+    cases = [*formats(), *noise(), *mixing()]
     print(json.dumps({"cases": len(cases), "differ": [name for name, ok in cases if not ok]}))
 
 

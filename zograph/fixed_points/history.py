@@ -1,20 +1,21 @@
 """The window: past values f(z) and residuals f(z) - z, each stored once and read once.
 
 One row a sample and slot. Which slot a sample writes is its own affair (see
-:mod:`zograph.fixed_points.ring`), so the window is a ring for each sample. On the CPU a float32
-state is served by a kernel that reads everything once; elsewhere by a few operators.
+:mod:`zograph.fixed_points.ring`), so the window is a ring for each sample. Kernels read everything
+once (:func:`zograph.kernels.engine.mixing_for`); what they do not know is left to a few operators.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from zograph.fixed_points.state import State, minus, rows, square, wide
-from zograph.kernels import mixing
+from zograph.kernels.engine import mixing_for
 from zograph.pool import pool
 
 
@@ -88,16 +89,16 @@ class _Part:
     def __init__(self, like: Tensor, slots: int, dtype: torch.dtype) -> None:
         self._like, self._slots = like, slots
         self._batch, self._width = like.shape[0], math.prod(like.shape[1:])
-        self._native = mixing.serves(like, dtype)
+        self._kernels = mixing_for(like, dtype)
         self._values, self._residuals = (self._room(kind) for kind in (wide(like.dtype), dtype))
         self._first = torch.arange(self._batch, device=like.device) * slots
 
     def observe(self, slot: Tensor, active: Tensor, value: Tensor, z: Tensor) -> Tensor:
         """Store a row; return the products, then the squares of f(z) - z and f(z)."""
         past = self._window(self._residuals)
-        if self._native:
+        if self._kernels is not None:
             pair = value.contiguous(), z.contiguous()
-            return mixing.observe(*pair, self._window(self._values), past, slot, active)
+            return self._kernels.observe(*pair, self._window(self._values), past, slot, active)
         residual = minus(value, z)
         own = torch.stack([square(residual), square(value)], dim=1)
         keep = active & own.isfinite().all(dim=1)
@@ -110,9 +111,9 @@ class _Part:
     def mix(self, weights: Tensor, damping: float) -> Tensor:
         """Return the mixture of the rows, shaped like the state."""
         values, residuals = self._window(self._values), self._window(self._residuals)
-        if self._native:
-            out = pool.empty(self._like.shape, self._like.dtype)
-            mixing.mix(weights.contiguous(), damping, values, residuals, out)
+        if self._kernels is not None:
+            out = self._fresh(self._like.shape, self._like.dtype)
+            self._kernels.mix(weights.contiguous(), damping, values, residuals, out)
             return out
         row = weights.to(values.dtype).unsqueeze(1)
         total = torch.bmm(row, values)
@@ -122,9 +123,14 @@ class _Part:
 
     def _room(self, dtype: torch.dtype) -> Tensor:
         shape = (self._batch * self._slots + 1, self._width)
-        if self._native:
-            return pool.empty(shape, dtype)
+        if self._kernels is not None:
+            return self._fresh(shape, dtype)
         return torch.zeros(shape, dtype=dtype, device=self._like.device)
+
+    def _fresh(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self._like.is_cpu:
+            return pool.empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self._like.device)
 
     def _window(self, room: Tensor) -> Tensor:
         """View the rows of all samples, [B, slots, row]."""

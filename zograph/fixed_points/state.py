@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zograph.errors import CellError, OptionError
-from zograph.kernels import mixing
+from zograph.kernels.engine import mixing_for
 from zograph.pool import pool
 
 State = tuple[Tensor, ...]
@@ -94,8 +94,9 @@ def minus(a: Tensor, b: Tensor) -> Tensor:
 
 def squares(value: Tensor, z: Tensor) -> Tensor:
     """Return the squares of each row's norms of f(z) - z and of f(z), float64[B, 2]."""
-    if mixing.serves(value):
-        return mixing.norms(value.contiguous(), z.contiguous())
+    kernels = mixing_for(value)
+    if kernels is not None:
+        return kernels.norms(value.contiguous(), z.contiguous())
     return torch.stack([square(minus(value, z)), square(value)], dim=1)
 
 

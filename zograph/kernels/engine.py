@@ -1,4 +1,7 @@
-"""Which kernels serve a tensor, for noise and for stored formats; all give the same bits."""
+"""Which kernels serve a tensor: of the noise, of stored formats, of Anderson mixing.
+
+Those of the noise and of formats give the same bits on every device.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from zograph import kernels
 from zograph.formats import Format
-from zograph.kernels import Terms, codec, tiles
+from zograph.kernels import Terms, codec, mixing, tiles
 
 
 class Engine(Protocol):
@@ -107,6 +111,51 @@ class Codec(Protocol):
         """
 
 
+class Mixing(Protocol):
+    """What keeps the window of Anderson mixing: `zograph.kernels.mixing` (C++), `.triton_mixing`.
+
+    B samples, S slots, D numbers a sample; tensors are contiguous and on one device.
+    """
+
+    def observe(
+        self,
+        value: Tensor,
+        z: Tensor,
+        values: Tensor,
+        residuals: Tensor,
+        slot: Tensor,
+        active: Tensor,
+    ) -> Tensor:
+        """Store f(z) and f(z) - z in the slots of the active samples; return the sums.
+
+        Parameters
+        ----------
+        value, z : Tensor
+            [B, D], of the state's dtype.
+        values, residuals : Tensor
+            float32[B, S, D]; float32 or bfloat16[B, S, D].
+        slot, active : Tensor
+            int64[B], bool[B].
+
+        Returns
+        -------
+        Tensor
+            float64[B, S + 2]: the products of f(z) - z with the residuals in all slots, its square
+            and that of f(z); 0 for samples that are not active.
+        """
+
+    def norms(self, value: Tensor, z: Tensor) -> Tensor:
+        """Return the squares of each row's f(z) - z and f(z), float64[B, 2], of [B, D]."""
+
+    def mix(
+        self, weights: Tensor, damping: float, values: Tensor, residuals: Tensor, out: Tensor
+    ) -> None:
+        """Write the sum over slots of weight times (value + damping residual) into `out`, [B, D].
+
+        Weights are float64[B, S]; a slot of weight 0 is not read.
+        """
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed."""
@@ -130,3 +179,14 @@ def codec_for(weight: Tensor) -> Codec | None:
 
         return triton_codec
     return codec if codec.serves(weight) else None
+
+
+def mixing_for(state: Tensor, history: torch.dtype = torch.float32) -> Mixing | None:
+    """Return what mixes states like this one; None if only torch's operators do."""
+    if isinstance(state, FakeTensor) or history not in (torch.float32, torch.bfloat16):
+        return None
+    if state.is_cuda and has_triton() and state.dtype in kernels.DTYPES:
+        from zograph.kernels import triton_mixing  # only there
+
+        return triton_mixing
+    return mixing if mixing.serves(state) else None

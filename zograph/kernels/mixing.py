@@ -13,13 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from zograph import kernels
 from zograph.kernels import DTYPES
 
 SOURCE = Path(__file__).with_name("mixing.cpp")
-HISTORY = (torch.float32, torch.bfloat16)
 
 _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
 _SIGNATURES = {
@@ -34,37 +32,15 @@ def _library() -> ctypes.CDLL | None:
     return kernels.load(SOURCE, _SIGNATURES)
 
 
-def serves(state: Tensor, history: torch.dtype = torch.float32) -> bool:
+def serves(state: Tensor) -> bool:
     """Whether the kernels mix states like this one; they are compiled at the first call."""
-    known = (
-        state.is_cpu
-        and not isinstance(state, FakeTensor)
-        and state.dtype == torch.float32
-        and history in HISTORY
-    )
-    return known and _library() is not None
+    return state.is_cpu and state.dtype == torch.float32 and _library() is not None
 
 
 def observe(
     value: Tensor, z: Tensor, values: Tensor, residuals: Tensor, slot: Tensor, active: Tensor
 ) -> Tensor:
-    """Store f(z) and f(z) - z in the slots of the active samples; return the sums.
-
-    Parameters
-    ----------
-    value, z : Tensor
-        float32[B, D].
-    values, residuals : Tensor
-        float32[B, S, D]; float32 or bfloat16[B, S, D].
-    slot, active : Tensor
-        int64[B], bool[B].
-
-    Returns
-    -------
-    Tensor
-        float64[B, S + 2]: the products of f(z) - z with the residuals in all slots, its square and
-        that of f(z); 0 for samples that are not active.
-    """
+    """See :class:`zograph.kernels.engine.Mixing`."""
     library = _library()
     assert library is not None
     batch, slots, width = values.shape
@@ -87,7 +63,7 @@ def observe(
 
 
 def norms(value: Tensor, z: Tensor) -> Tensor:
-    """Return the squares of each row's f(z) - z and f(z), float64[B, 2], of float32[B, D]."""
+    """See :class:`zograph.kernels.engine.Mixing`."""
     library = _library()
     assert library is not None
     out = torch.empty(len(value), 2, dtype=torch.float64)
@@ -97,10 +73,7 @@ def norms(value: Tensor, z: Tensor) -> Tensor:
 
 
 def mix(weights: Tensor, damping: float, values: Tensor, residuals: Tensor, out: Tensor) -> None:
-    """Write the sum over slots of weight times (value + damping residual) into float32[B, D].
-
-    A slot of weight 0 is not read.
-    """
+    """See :class:`zograph.kernels.engine.Mixing`."""
     library = _library()
     assert library is not None
     batch, slots, width = values.shape

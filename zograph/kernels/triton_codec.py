@@ -277,4 +277,5 @@ def _patterns(data: Tensor) -> Tensor:
 
 
 def _over_blocks(kernel: Any, weight: Tensor, *args: Any, **constants: Any) -> None:
-    launch(kernel, weight, ROWS * BLOCK, *args, **constants, block=BLOCK, rows=ROWS)
+    programs = -(-weight.numel() // (ROWS * BLOCK))
+    launch(kernel, weight, programs, *args, **constants, block=BLOCK, rows=ROWS)

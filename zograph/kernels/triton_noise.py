@@ -213,7 +213,7 @@ def perturb(
     seeds, coefs, scales = terms
     height = base.shape[0] if base.dim() else 1
     launch(
-        _perturb, out, BLOCK,
+        _perturb, out, -(-out.numel() // BLOCK),
         base, base if index is None else index, instead(plus, out), instead(minus, out),
         out.numel(), height, base.numel() // max(height, 1),
         seeds, coefs, instead(scales, coefs), seeds.numel(), keys, slot, seed, eps,
@@ -236,7 +236,7 @@ def fold(
     cuts = [] if ends is None else (ends[:-1].nonzero().view(-1) + 1).tolist()
     for a, b in zip([0, *cuts], [*cuts, seeds.numel()], strict=True):
         launch(
-            _fold, base, BLOCK,
+            _fold, base, -(-base.numel() // BLOCK),
             base, base.numel(),
             seeds[a:b], coefs[a:b], instead(scales, coefs)[a:b], b - a, key, first,
             work=_work(base), scaled=scales is not None, normal=distribution == "normal",
@@ -244,11 +244,11 @@ def fold(
         )  # fmt: skip
 
 
-def launch(kernel: Any, like: Tensor, each: int, *args: Any, **constants: Any) -> None:
-    """Run a kernel on the elements of `like`, `each` of them a program."""
-    if like.numel():
+def launch(kernel: Any, like: Tensor, programs: int, *args: Any, **constants: Any) -> None:
+    """Run so many programs of a kernel on the device of `like`."""
+    if programs:
         with torch.cuda.device_of(like):
-            kernel[(-(-like.numel() // each),)](*args, **constants, enable_fp_fusion=False)
+            kernel[(programs,)](*args, **constants, enable_fp_fusion=False)
 
 
 def instead(wanted: Tensor | None, other: Tensor) -> Tensor:
