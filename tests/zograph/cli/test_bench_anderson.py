@@ -61,12 +61,12 @@ def test_all_parts_report(
     args = ["bench", "anderson", "--data", str(cifar), "--parts", *PARTS]
     args += ["--steps", "1", "--batch", "2", "--tested", "4", "--rounds", "1", "--max-iter", "6"]
     args += ["--pixels", "8", "--train-pixels", "4", "--checks", "2"]
-    args += ["--cells", "trained", "0.9", "--train-seconds", "0.001", "--seeds", "0"]
+    args += ["--cells", "trained", "0.9", "linear", "--train-seconds", "0.001", "--seeds", "0"]
     args += ["--model", "model.pt", "--json", "found.json", "--plot", "plots"]
     assert main(args) == 0
     found = json.loads(Path("found.json").read_text())
     assert found["images"] == "CIFAR-10"
-    assert [p["problem"] for p in found["solvers"]] == ["trained", "0.9"]
+    assert [p["problem"] for p in found["solvers"]] == ["trained", "0.9", "linear"]
     for problem in found["solvers"]:
         assert {"forward", "zograph", "zograph, bfloat16"} <= set(problem["solvers"])
         for row in problem["solvers"].values():
@@ -87,7 +87,7 @@ def test_all_parts_report(
     ]
     assert all(row["steps"] and 0 <= row["accuracy"] <= 1 for row in found["training"])
     drawn = sorted(p.name for p in Path("plots").iterdir())
-    assert drawn == ["solvers-0.9.svg", "solvers-trained.svg", "training.svg"]
+    assert drawn == ["solvers-0.9.svg", "solvers-linear.svg", "solvers-trained.svg", "training.svg"]
     out = capsys.readouterr().out
     for title in (
         "cell trained: spectral radius",

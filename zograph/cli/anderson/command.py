@@ -17,7 +17,7 @@ from torch.nn.functional import avg_pool2d
 from zograph.cli.anderson import images, mixing, modes, plots, report, solvers, training
 from zograph.cli.anderson.images import Images
 from zograph.cli.anderson.model import Classifier, train
-from zograph.cli.anderson.problems import TRAINED, problems
+from zograph.cli.anderson.problems import LINEAR, TRAINED, problems
 from zograph.cli.inputs import InputError, integer, number
 from zograph.cli.output import check_file
 
@@ -44,8 +44,9 @@ def add_parser(kinds: Any) -> None:
         "test_x, test_y; scikit-learn's digits without it")  # fmt: skip
     add("--model", type=Path, metavar="FILE", help="the trained model: read, or written if absent")
     add("--steps", type=integer(1), default=60, metavar="N", help="of the recipe")
-    add("--cells", nargs="+", type=cell, default=[TRAINED, "0.95", "0.99"], metavar="CELL",
-        help="trained, or a factor that the trained cell is scaled to contract by")  # fmt: skip
+    add("--cells", nargs="+", type=cell, default=[TRAINED, "0.95", "0.99", LINEAR], metavar="CELL",
+        help="trained; a factor that the trained cell is scaled to contract by; linear, a map with "
+        "a spectrum up to 0.99 (default: trained 0.95 0.99 linear)")  # fmt: skip
     add("--batch", type=integer(2), default=100, metavar="B", help="images")
     add("--pixels", type=int, choices=SIDES, default=32, metavar="N",
         help="the images' side in solvers and mixing (default: %(default)s)")  # fmt: skip
@@ -70,8 +71,8 @@ def add_parser(kinds: Any) -> None:
 
 
 def cell(text: str) -> str:
-    """Return the name of a cell: ``trained`` or a positive number."""
-    return text if text == TRAINED else f"{number(above=0)(text):g}"
+    """Return the name of a cell: ``trained``, ``linear`` or a positive number."""
+    return text if text in (TRAINED, LINEAR) else f"{number(above=0)(text):g}"
 
 
 def run(args: argparse.Namespace) -> int:

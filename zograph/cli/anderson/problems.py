@@ -1,4 +1,4 @@
-"""Fixed-point problems: the trained cell, and the same scaled to contract by a given factor."""
+"""Fixed-point problems: the trained cell, the same scaled to contract by a factor, a linear map."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 import zograph
 from zograph.cli.anderson.model import Classifier
 
-TRAINED = "trained"
+TRAINED, LINEAR = "trained", "linear"
+WIDTH, FACTOR = 2048, 0.99
+"""Of the linear map: numbers a sample, and its largest eigenvalue."""
 POWER, KEPT = 30, 10
 """Steps of the power iteration, and how many of the last give the spectral radius."""
 
@@ -29,7 +31,7 @@ class Problem:
 
 @torch.no_grad()
 def problems(model: Classifier, images: Tensor, names: Sequence[str]) -> list[Problem]:
-    """Return the problems of these names: ``trained``, or a factor to contract by.
+    """Return the problems of these names: ``trained``, a factor to contract by, or ``linear``.
 
     A sample's cell is scaled about its own solution z*: ``z* + s (f(z) - z*)``. That keeps z*, and
     the Jacobian there is s times the cell's, whose spectral radius ``s`` brings to the factor.
@@ -49,11 +51,23 @@ def problems(model: Classifier, images: Tensor, names: Sequence[str]) -> list[Pr
     def problem(name: str) -> Problem:
         if name == TRAINED:
             return Problem(name, cell, z0, radius)
+        if name == LINEAR:
+            return linear(len(x))
         scale = (float(name) / radius).float().view(-1, 1, 1, 1)
         scaled = torch.full_like(radius, float(name))
         return Problem(name, lambda z: torch.lerp(solution, cell(z), scale), z0, scaled)
 
     return [problem(name) for name in names]
+
+
+def linear(batch: int) -> Problem:
+    """Return ``z A + x``, A symmetric with a spectrum even from 0 to 0.99, float32[batch, 2048]."""
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))
+    matrix = (basis * torch.linspace(0, FACTOR, WIDTH)) @ basis.T
+    x = torch.randn(batch, WIDTH, generator=generator)
+    radius = torch.full((batch,), FACTOR, dtype=torch.float64)
+    return Problem(LINEAR, lambda z: torch.addmm(x, z, matrix), torch.zeros_like(x), radius)
 
 
 def spectral_radius(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
