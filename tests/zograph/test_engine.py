@@ -353,6 +353,7 @@ import torch
 from tests.zograph.test_offload import compiled, same, train, usual, weights
 from zograph.stores.disk import DiskStore
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored
 torch.set_num_threads(1)
 expected = train(compiled("toy"), usual("toy"), 6)
 step, records, hits = compiled("toy", memory="minimum", storage="work"), [], 0
