@@ -139,14 +139,26 @@ def same_value(a: Any, b: Any) -> bool:
 
 
 def drop_copies(gm: fx.GraphModule) -> int:
-    """Replace copies, no-op views and inactive dropout by their argument."""
-    dropped = 0
+    """Replace copies, no-op views and inactive dropout by their argument.
+
+    Inactive dropout gives its argument as it is, though a trace may have noted other strides:
+    what is computed from it is evaluated anew.
+    """
+    dropped, stale = 0, set[fx.Node]()
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        if node.op != "call_function":
             continue
+        if node in stale:
+            val = evaluate(node.target, node.args, node.kwargs)
+            if not same_value(val, node.meta["val"]):
+                node.meta["val"] = val
+                stale |= set(node.users)
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        same = same_value(node.meta["val"], node.args[0].meta["val"])
         inactive = node.target in DROPOUTS and node.args[2] is False
-        copies = node.target in COPIES and same_value(node.meta["val"], node.args[0].meta["val"])
-        if inactive or copies:
+        if inactive or (node.target in COPIES and same):
+            stale |= set() if same else set(node.users)
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
             dropped += 1

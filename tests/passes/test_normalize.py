@@ -53,6 +53,26 @@ def test_idempotent() -> None:
     assert_idempotent(Normalize(), untidy())
 
 
+def test_dropped_dropout_leaves_the_strides_of_its_argument() -> None:
+    """A trace notes dense strides behind inactive dropout; what runs keeps those of an expand."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.drop = nn.Parameter(torch.randn(3, 2)), nn.Dropout(0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = self.drop(self.w[:, None].expand(-1, len(x), -1)).type_as(self.w)
+            return (rows * x).square().mean()
+
+    gm = capture_function(Model().eval(), x=torch.randn(4, 2))
+    before = copy.deepcopy(gm)
+    Normalize().apply(gm, PassContext())
+    Verifier().check(gm, after="normalize")
+    assert_equivalent(before, gm)
+    assert_idempotent(Normalize(), before)
+
+
 def test_numbers_and_their_types_are_told_apart() -> None:
     b = GraphBuilder()
     x = b.input("x", (2,))

@@ -28,7 +28,6 @@ ROWS = 8
 DENSE = -1
 """The code of what is stored as it is."""
 
-_DENSE: tl.constexpr = tl.constexpr(DENSE)
 _BF16: tl.constexpr = tl.constexpr(0)
 _E4M3: tl.constexpr = tl.constexpr(2)
 _E5M2: tl.constexpr = tl.constexpr(3)
