@@ -26,7 +26,7 @@ ROWS = 8
 """Blocks of a program."""
 
 DENSE = -1
-"""The code of what is stored as it is."""
+"""The code of what is stored as the weight is."""
 
 _BF16: tl.constexpr = tl.constexpr(0)
 _E4M3: tl.constexpr = tl.constexpr(2)
@@ -92,7 +92,7 @@ def _stored(value, like: tl.constexpr, code: tl.constexpr):
 
 @triton.jit
 def _clipped(value, inside, counts, largest: tl.constexpr):
-    """Values within +-largest, NaN as 0; both are counted."""
+    """Values within +-largest, NaN as 0, both counted; 0 outside, where there is noise too."""
     size = tl.abs(value)
     nan, beyond = value != value, size > largest
     many = tl.sum(tl.sum((beyond & inside).to(tl.int64), axis=1), axis=0)
@@ -102,7 +102,7 @@ def _clipped(value, inside, counts, largest: tl.constexpr):
     if many > 0:
         tl.atomic_add(counts + 1, many)
     value = tl.where(beyond, tl.where(value < 0, -largest, largest), value)
-    return tl.where(nan, 0.0, value)
+    return tl.where(nan | (inside == 0), 0.0, value)
 
 
 @triton.jit
