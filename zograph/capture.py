@@ -34,7 +34,7 @@ from zograph.parameters import parameter_table
 from zograph.pieces import enter_in_pieces
 from zograph.signature import Signature
 from zograph.silence import silenced
-from zograph.traced import ForwardFailed, LossFn, Traced
+from zograph.traced import ForwardFailed, LossFn, Traced, fixed
 
 KEPT = ("val", KEY, "unbacked_bindings")
 """What stays of the metadata that export leaves on a node; the rest takes megabytes."""
@@ -289,7 +289,7 @@ def _symbols(gm: fx.GraphModule, sig: Signature) -> dict[str, sympy.Symbol]:
             if isinstance(size, str) and size not in found:
                 actual = inputs[leaf.path].shape[dim]
                 if not isinstance(actual, torch.SymInt) or not actual.node.expr.is_symbol:
-                    raise CaptureError(f"export fixed dimension {dim} of batch{leaf.path}")
+                    raise CaptureError(fixed(f"dimension {dim} of batch{leaf.path}"))
                 found[size] = actual.node.expr
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from zograph.errors import CaptureError, ZographError
@@ -47,6 +48,37 @@ class ForwardFailed(Exception):
         self.error = error
 
 
+class Fixing(TorchFunctionMode):
+    """Ends a trace at the first call behind the line that fixes a symbolic size of the batch.
+
+    Such a graph serves no other size, so it is not worth tracing to the end: a loop over a
+    sequence is as many calls as the stand-in is long.
+    """
+
+    def __init__(self, batch: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.sizes: list[tuple[str, Any]] = [
+            (f"dimension {dim} of batch{pytree.keystr(path)}", size)
+            for path, leaf in pytree.tree_flatten_with_path(batch)[0]
+            if isinstance(leaf, torch.Tensor)
+            for dim, size in enumerate(leaf.shape)
+            if type(size) is not int  # else a torch.SymInt, which annotations call an int
+        ]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for where, size in self.sizes:
+            if size.node.expr.is_number:
+                raise CaptureError(fixed(where))
+        return func(*args, **(kwargs or {}))
+
+
+def fixed(where: str) -> str:
+    """Return the message about a size that cannot stay symbolic."""
+    return f"export fixed {where}"
+
+
 class Traced(nn.Module):
     """The function that is exported: batch in, (loss, flat outputs) out."""
 
@@ -59,7 +91,8 @@ class Traced(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         try:
-            loss, out = self._run(batch)
+            with Fixing(batch):
+                loss, out = self._run(batch)
         except ZographError:
             raise
         except Exception as error:  # the user's forward may raise anything; it is chained

@@ -121,3 +121,26 @@ def test_tied_names_are_one_parameter() -> None:
     found = [meta(n).name for n in placeholders(step.graph, Kind.PARAMETER)]
     assert len(found) == len(set(found))
     assert set(found) <= {n for n, _ in model.named_parameters()}
+
+
+def test_a_trace_that_fixes_a_size_ends_there() -> None:
+    class Scan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = nn.Embedding(9, 4)
+            self.traced = 0
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            state = self.emb(ids[:, 0])
+            for i in range(ids.shape[1]):
+                self.traced += 1
+                state = torch.tanh(state + self.emb(ids[:, i]))
+            return state.square().mean()
+
+    model = Scan()
+    traced: list[int] = []
+    model.register_forward_hook(lambda m, _args, _out: traced.append(m.traced))
+    step = zograph.compile(model, loss_fn=lambda m, ids: m(ids), backend="eager")
+    step.prepare(ids=torch.randint(0, 9, (4, 6)))
+    assert level(step) == "batch"
+    assert traced == [6]  # two traces of longer stand-ins came before and did not get to the end

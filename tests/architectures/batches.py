@@ -1,0 +1,153 @@
+"""A model and a batch for a configuration, from the auto classes and the signature of `forward`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto as auto
+
+ROWS, LENGTH = 2, 12
+LABELS = ((ROWS, LENGTH), (ROWS,))
+FEATURES = ("raw", "bins first", "bins last")
+MOST_PARAMETERS = 200_000_000
+
+HEADS = (
+    "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM",
+    "SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION",
+    "AUDIO_CLASSIFICATION", "CTC", "SPEECH_SEQ_2_SEQ", "SEMANTIC_SEGMENTATION",
+    "DEPTH_ESTIMATION", "TIME_SERIES_PREDICTION", "PRETRAINING",
+)  # fmt: skip
+"""The tasks to look for a class, in this order; then the bare model."""
+
+
+class NotBuilt(Exception):
+    """No configuration or no batch was found."""
+
+
+def model_class(kind: type[PreTrainedConfig]) -> str | None:
+    """Name the first class that has a head for a model type, else the bare model, if any."""
+    names = [f"MODEL_FOR_{head}_MAPPING_NAMES" for head in HEADS]
+    for mapping in (*names, "MODEL_MAPPING_NAMES"):
+        found = getattr(auto, mapping).get(kind.model_type)
+        if found is not None:
+            return found if isinstance(found, str) else str(found[0])
+    return None
+
+
+def build(cls: Any, config: PreTrainedConfig) -> nn.Module:
+    """Build a model with random weights, none of them constant, in eval mode.
+
+    Raises
+    ------
+    NotBuilt
+        If it is too large.
+    """
+    with torch.device("meta"):
+        size = sum(p.numel() for p in cls(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise NotBuilt(f"{size:,} parameters")
+    torch.manual_seed(0)
+    model = cls(config).float().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point():
+                p.copy_(torch.nan_to_num(p).clamp(-2, 2) + 0.02 * torch.randn(p.shape))
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def batches(model: Any) -> Iterator[dict[str, Any]]:
+    """Yield batches to try: with labels and masks, with labels, bare."""
+    takes = inspect.signature(model.forward).parameters
+    needed = [
+        n for n, p in takes.items() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD
+    ]
+    main = [n for n in (model.main_input_name, "input_ids", "pixel_values") if n in takes][:1]
+    extras = (("attention_mask", "labels"), ("labels",), ("decoder_input_ids",), (), tuple(takes))
+    for extra in extras:
+        for make in (Maker(model, *way) for way in product(LABELS, FEATURES)):
+            names = dict.fromkeys([*main, *needed, *(n for n in extra if n in takes)])
+            found = {n: make(n) for n in names}
+            given = {n: v for n, v in found.items() if v is not None}
+            if all(n in given for n in (*main, *needed)):
+                yield given
+
+
+class Maker:
+    """Makes the arguments of a forward by their names.
+
+    Parameters
+    ----------
+    label
+        The shape of labels.
+    features
+        The order of what an audio model takes.
+    """
+
+    def __init__(self, model: Any, label: tuple[int, ...], features: str) -> None:
+        self.main, self.label, self.features = model.main_input_name, label, features
+        self.config = config = model.config
+        self.generator = torch.Generator().manual_seed(1)
+        parts = (c for c in vars(config).values() if isinstance(c, PreTrainedConfig))
+        self.configs = [config, *parts]
+
+    def field(self, *names: str, default: int) -> int:
+        """Return the first integer that a configuration or a part of it has by these names."""
+        for name in names:
+            for config in self.configs:
+                value = getattr(config, name, None)
+                value = value[0] if isinstance(value, (list, tuple)) and value else value
+                if isinstance(value, int) and value:
+                    return value
+        return default
+
+    def __call__(self, name: str) -> torch.Tensor | None:
+        vocab = self.field("vocab_size", default=100)
+        side = self.field("image_size", default=64)
+        channels = self.field("num_channels", "in_channels", default=3)
+        if name in ("input_ids", "decoder_input_ids"):
+            return self.integers(3, vocab, ROWS, LENGTH)
+        if name in ("attention_mask", "decoder_attention_mask"):
+            mask = torch.ones(ROWS, LENGTH, dtype=torch.int64)
+            mask[0, -2:] = 0  # transformers leaves out a mask of ones, but not in a graph
+            return mask if self.main == "input_ids" else None
+        if name == "labels":
+            classes = vocab if len(self.label) == 2 else int(getattr(self.config, "num_labels", 2))
+            return self.integers(0, classes, *self.label)
+        if name == "bbox":
+            return self.integers(0, 100, ROWS, LENGTH, 2).repeat(1, 1, 2).sort(-1).values
+        if name == "pixel_values":
+            frames = self.field("num_frames", default=0)
+            shape = (ROWS, frames, channels, side, side) if frames else (ROWS, channels, side, side)
+            return self.normal(*shape)
+        if name in ("input_features", "audio_values", "input_values"):
+            if self.features == "raw":
+                return self.normal(ROWS, 6000)
+            bins = self.field("num_mel_bins", "feature_size", "input_dim", default=80)
+            length = self.field("max_length", default=200)
+            shape = (bins, length) if self.features == "bins first" else (length, bins)
+            return self.normal(ROWS, *shape)
+        if name == "past_values":
+            length = self.field("context_length", "prediction_length", default=32)
+            return self.normal(ROWS, length, self.field("num_input_channels", default=1))
+        return None
+
+    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, max(high, low + 1), shape, generator=self.generator)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+
+def own_loss(model: nn.Module, **batch: Any) -> torch.Tensor:
+    """Return a loss of whatever a model puts out: the mean square of every floating tensor."""
+    leaves = pytree.tree_leaves(dict(model(**batch)))
+    floats = [x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return torch.stack([x.float().square().mean() for x in floats]).mean()
