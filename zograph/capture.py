@@ -24,6 +24,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
+from zograph.deciding import Decisions, split_decisions
 from zograph.errors import CaptureError, ZographError, first_line
 from zograph.faking import castable, fake_copy, placed
 from zograph.fixed_points.entering import enter_cells
@@ -32,7 +33,7 @@ from zograph.ir import KEY, GraphInfo, Kind, NodeMeta, fake_mode, info, placehol
 from zograph.memory import uncollected
 from zograph.parameters import parameter_table
 from zograph.pieces import enter_in_pieces
-from zograph.signature import Signature
+from zograph.signature import Signature, flatten, sizes
 from zograph.silence import silenced
 from zograph.traced import ForwardFailed, LossFn, Traced, fixed
 
@@ -51,13 +52,19 @@ class Capture:
     ranges: dict[str, tuple[int, float]]
     """For each symbolic dimension of the signature, the sizes that the graph admits."""
     constants: dict[str, torch.Tensor]
+    decisions: Decisions | None
     guards: tuple[sympy.Basic, ...]
     """What export demands of the symbols. What Inductor assumes at the hints is not among
     it, since it tells so only on a cold cache (docs/decisions/002-hints.md)."""
     _admitted: dict[tuple[int, ...], bool] = field(default_factory=dict)
 
-    def admits(self, sizes: Mapping[str, int]) -> bool:
-        """Whether a batch with these sizes satisfies every range and guard of the graph."""
+    def admits(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a batch of the signature satisfies all ranges, guards and decisions."""
+        return self._fits(sizes(self.signature, batch)) and (
+            self.decisions is None or self.decisions.hold(dict(flatten(batch)[0]))
+        )
+
+    def _fits(self, sizes: Mapping[str, int]) -> bool:
         if not all(low <= sizes[s] <= high for s, (low, high) in self.ranges.items()):
             return False
         values = {symbol: sizes[name] for name, symbol in self.symbols.items()}
@@ -75,9 +82,9 @@ def _no_graph(model: nn.Module, sig: Signature, error: Exception) -> CaptureErro
         f"{type(model).__name__} could not be captured for ({sig}): "
         f"{type(error).__name__}: {first_line(error)}"
         f"{_user_line(error)}\n"
-        f"A graph needs a forward without branches or loops on tensor values. Replace them by "
-        f"torch.where, torch.cond or fixed sizes, or choose another attention or experts "
-        f"implementation in the model's config."
+        f"A graph needs a forward whose branches, loops and sizes do not depend on weights. "
+        f"Replace them by torch.where, torch.cond or fixed sizes, or choose another attention or "
+        f"experts implementation in the model's config."
     )
 
 
@@ -137,7 +144,8 @@ def capture(
     model
         Any module; left as it is.
     batch
-        Only its structure is used: the sizes come from the signature's stand-ins.
+        Only its structure is used: the sizes come from the signature's stand-ins. At the level
+        ``values`` the forward may also ask for the values of what depends on the batch alone.
     loss_fn
         ``loss_fn(model, **batch) -> loss``; by default the loss is the model's own.
     want_loss
@@ -158,7 +166,8 @@ def capture(
     """
     device = device or torch.device("cpu")
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    traced = Traced(fake_copy(model, mode, device, compute_dtype), loss_fn, want_loss)
+    values = batch if sig.level == "values" else None
+    traced = Traced(fake_copy(model, mode, device, compute_dtype), loss_fn, want_loss, values)
     with mode:
         leaves = [leaf.stand_in(sig.level) for leaf in sig.leaves]
         leaves = [placed(x, device, compute_dtype) for x in leaves]
@@ -230,6 +239,7 @@ def _finish(
     enter_cells(gm, cells)
     _restore_base(gm, base)
     gm.meta[KEY] = GraphInfo(params=parameter_table(model), has_loss=traced.want_loss)
+    decisions = split_decisions(gm, traced.returned.answers, constants)
     _record_outputs(info(gm), traced)
     enter_in_pieces(gm)
     gm.graph.eliminate_dead_code()
@@ -238,7 +248,7 @@ def _finish(
     env = fake_mode(gm).shape_env
     assert env is not None
     guards = tuple(guard.expr for guard in env.guards)
-    return Capture(gm, sig, symbols, _ranges(symbols, ep), constants, guards)
+    return Capture(gm, sig, symbols, _ranges(symbols, ep), constants, decisions, guards)
 
 
 def _record_outputs(record: GraphInfo, traced: Traced) -> None:

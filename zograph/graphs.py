@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from zograph.bounds import Bound, check_bounds, find_bounds
@@ -20,7 +21,7 @@ from zograph.elision import PERIODS, choose_period
 from zograph.errors import CaptureError
 from zograph.fixed_points.comparing import Choice
 from zograph.fixed_points.comparing import choose as choose_solver
-from zograph.ir import clone, info, meta
+from zograph.ir import clone, info, meta, op_name
 from zograph.layout import Layout
 from zograph.looks import shared_results
 from zograph.memory import give_back, keep_little, uncollected
@@ -41,6 +42,9 @@ MANY_CAPTURES = 8
 
 Frames = tuple[dict[sympy.Symbol, int], ...]
 """The sizes of every forward that shares one pass through a graph."""
+
+Key = tuple[Signature, bool, bool]
+"""A signature, whether both branches are wanted, and whether the loss is the model's own."""
 
 
 @dataclass(eq=False)
@@ -102,7 +106,8 @@ class Graphs:
         self.last: Compiled | None = None
         self.decided = options.fold_every != "auto" or not self.streamed
         """Whether the fold period is known; ``auto`` is decided with the first step's plan."""
-        self._known: dict[tuple[Signature, bool, bool], Captured | CaptureError] = {}
+        self._known: dict[Key, list[Captured | CaptureError]] = {}
+        """What each signature gave: one capture or error, or one for each set of decisions."""
         self._warned = False
         self._spec: DeviceSpec | None = None
         if options.device.type == "cpu":
@@ -150,28 +155,53 @@ class Graphs:
         failure: CaptureError | None = None
         for signature in signatures(batch, dynamic=self.options.dynamic):
             key = (signature, dual, loss_fn is None)
-            found = self._known.get(key)
-            if found is None:
-                try:
-                    found = self._capture(batch, signature, loss_fn, dual)
-                except CaptureError as error:
-                    found = error
-                self._known[key] = found
-                self._warn_of_many()
-            if isinstance(found, CaptureError):
-                failure = found
-            elif found.capture.admits(sizes(signature, batch)):
-                return found
-        assert failure is not None, "the static level admits its own batch"
+            try:
+                captured = self._served(key, batch, loss_fn)
+            except CaptureError as error:
+                failure = error
+            else:
+                if captured is not None:
+                    return captured
+        assert failure is not None, "the last level admits its own batch"
         raise failure
 
+    def _served(
+        self, key: Key, batch: Mapping[str, Any], loss_fn: LossFn | None
+    ) -> Captured | None:
+        """Return the capture of one signature that admits a batch, if there can be one.
+
+        Raises
+        ------
+        CaptureError
+            If the forward has no graph at this level.
+        """
+        signature, dual, _ = key
+        known = self._known.setdefault(key, [])
+        for found in known:
+            if isinstance(found, CaptureError):
+                raise found
+            if found.capture.admits(batch):
+                return found
+        if known and signature.level != "values":
+            return None
+        try:
+            made = self._capture(batch, signature, loss_fn, dual)
+        except CaptureError as error:
+            if signature.level != "values":  # there, other values may do
+                known.append(error)
+            raise
+        known.append(made)
+        self._warn_of_many()
+        return made if made.capture.admits(batch) else None
+
     def _warn_of_many(self) -> None:
-        count = sum(isinstance(c, Captured) for c in self._known.values())
+        count = sum(isinstance(c, Captured) for known in self._known.values() for c in known)
         if count > MANY_CAPTURES and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{type(self.model).__name__} has been captured for {count} signatures, each "
-                f"compiled by itself. Pad batches to a few fixed shapes.",
+                f"{type(self.model).__name__} has been captured for {count} kinds of batches, each "
+                f"compiled by itself. Pad batches to a few fixed shapes; where the forward "
+                f"decides by values, let them decide alike.",
                 stacklevel=4,
             )
 
@@ -188,6 +218,8 @@ class Graphs:
             device=options.device,
             compute_dtype=options.compute_dtype,
         )
+        if self.streamed:
+            check_sizes(found.gm)
         seconds = time.perf_counter() - start
         info(found.gm).params.update(self.weights.table)
         for name, tensor in found.constants.items():
@@ -319,6 +351,23 @@ class Graphs:
         leaves = [next(constants) if i is None else results[i] for i in record.out_leaves]
         assert record.out_spec is not None
         return pytree.tree_unflatten(leaves, record.out_spec)
+
+
+def check_sizes(gm: fx.GraphModule) -> None:
+    """Refuse sizes that depend on the values of tensors: no budget can be planned for them.
+
+    Raises
+    ------
+    CaptureError
+        If there are any.
+    """
+    for node in gm.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and free_unbacked_symbols(val):
+            raise CaptureError(
+                f"the size of {node.name} ({op_name(node)}) depends on values that the model "
+                f"computes: no budget can be planned for it. Leave memory= and storage= out."
+            )
 
 
 def choices_of(trial: Runner, findings: Sequence[torch.Tensor]) -> dict[str, Choice]:

@@ -215,8 +215,8 @@ def captured(
         except CaptureError as error:
             failure = error
             continue
-        known = sizes(signature, batch)
-        if found.admits(known):
+        if found.admits(batch):
+            known = sizes(signature, batch)
             return found.gm, {symbol: known[name] for name, symbol in found.symbols.items()}
     assert failure is not None, "the static level admits its own batch"
     raise failure

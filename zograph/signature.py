@@ -7,7 +7,8 @@ batch is served by the first whose capture succeeds and whose guards admit its s
 ``sequence``  batch and sequence dimensions are symbols;
 ``short``     the same, captured at smaller sizes, for models with few positions;
 ``batch``     only the batch dimension is a symbol;
-``static``    every size is fixed.
+``static``    every size is fixed;
+``values``    so is what the forward decides by values of the batch (:mod:`zograph.deciding`).
 
 The capture itself runs on stand-ins of fixed sizes (:func:`hint`), so no trace of earlier
 batches can reach a graph.
@@ -24,8 +25,10 @@ from torch.utils import _pytree as pytree
 
 from zograph.errors import BatchError
 
-Level = Literal["sequence", "short", "batch", "static"]
-LEVELS: tuple[Level, ...] = ("sequence", "short", "batch", "static")
+Level = Literal["sequence", "short", "batch", "static", "values"]
+LEVELS: tuple[Level, ...] = ("sequence", "short", "batch", "static", "values")
+
+FIXED: tuple[Level, ...] = ("static", "values")
 
 # Batch, then sequences. Primes, so that no product of them meets a size of the model by
 # chance; large, so that the compiler optimises for sizes worth optimising.
@@ -111,14 +114,14 @@ def signatures(batch: Mapping[str, Any], *, dynamic: bool = True) -> Iterator[Si
     named = {length: f"seq{i}" for i, length in enumerate(lengths) if i + 1 < len(HINTS)}
 
     def size(level: Level, dim: int, n: int) -> Size:
-        if level == "static" or n <= 1:
+        if level in FIXED or n <= 1:
             return n
         if dim == 0:
             return "batch" if n == rows else n
         return n if level == "batch" else named.get(n, n)
 
     seen: set[tuple[Leaf, ...]] = set()
-    for level in LEVELS if dynamic else LEVELS[-1:]:
+    for level in LEVELS if dynamic else FIXED:
         found = tuple(
             Leaf(path, x.dtype, tuple(size(level, d, n) for d, n in enumerate(x.shape)))
             if isinstance(x, torch.Tensor)
@@ -126,7 +129,7 @@ def signatures(batch: Mapping[str, Any], *, dynamic: bool = True) -> Iterator[Si
             for path, x in leaves
         )
         symbolic = any(isinstance(s, str) for leaf in found for s in leaf.sizes)
-        if found not in seen or (level == "short" and symbolic):
+        if found not in seen or (level == "short" and symbolic) or level == "values":
             seen.add(found)
             yield Signature(level, str(spec), found)
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from zograph.deciding import Deciding
 from zograph.errors import CaptureError, ZographError
 
 LossFn = Callable[..., Any]
@@ -35,6 +36,8 @@ class Returned:
 
     leaves: list[Any]
     spec: pytree.TreeSpec | None = None
+    answers: tuple[torch.Tensor, ...] = ()
+    """What was decided by, if the trace knew the batch's values."""
 
 
 class ForwardFailed(Exception):
@@ -82,16 +85,23 @@ def fixed(where: str) -> str:
 class Traced(nn.Module):
     """The function that is exported: batch in, (loss, flat outputs) out."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn | None, want_loss: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        want_loss: bool,
+        values: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
+        self.values = values
         self.want_loss = want_loss
         self.returned = Returned([])
 
     def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         try:
-            with Fixing(batch):
+            with Fixing(batch) if self.values is None else Deciding(batch, self.values) as mode:
                 loss, out = self._run(batch)
         except ZographError:
             raise
@@ -101,7 +111,10 @@ class Traced(nn.Module):
             loss = self._checked(loss)
         self.returned.leaves, self.returned.spec = pytree.tree_flatten(out)
         tensors = [leaf for leaf in self.returned.leaves if isinstance(leaf, torch.Tensor)]
-        return (loss, *tensors) if self.want_loss else tuple(tensors)
+        asked: list[torch.Tensor] = []
+        if isinstance(mode, Deciding):
+            asked, self.returned.answers = mode.asked, tuple(mode.answers)
+        return (loss, *tensors, *asked) if self.want_loss else (*tensors, *asked)
 
     def _run(self, batch: dict[str, Any]) -> tuple[Any, Any]:
         if self.loss_fn is None:

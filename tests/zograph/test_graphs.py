@@ -84,7 +84,7 @@ def test_a_static_model_is_captured_per_shape_with_one_warning() -> None:
     for rows in range(2, 10):
         step.prepare(x=torch.ones(rows, 3))
         assert level(step) == "static"
-    with pytest.warns(UserWarning, match="captured for 9 signatures"):
+    with pytest.warns(UserWarning, match="captured for 9 kinds of batches"):
         step.prepare(x=torch.ones(10, 3))
 
 
@@ -97,11 +97,12 @@ def test_dynamic_off_captures_every_shape() -> None:
 
 def test_signatures() -> None:
     data = {"ids": torch.zeros(4, 16, dtype=torch.int64), "labels": torch.zeros(4), "k": 2}
-    general, short, rows, static = signatures(data)
+    general, short, rows, static, values = signatures(data)
     assert str(general) == "['ids']: int64[batch, seq0], ['labels']: float32[batch], ['k']=2"
     assert short.leaves == general.leaves
     assert str(rows) == "['ids']: int64[batch, 16], ['labels']: float32[batch], ['k']=2"
     assert str(static) == "['ids']: int64[4, 16], ['labels']: float32[4], ['k']=2"
+    assert values.leaves == static.leaves
     two_lengths = {"a": torch.zeros(4, 9, dtype=torch.int64), "b": torch.zeros(4, 5).bool()}
     assert str(next(iter(signatures(two_lengths)))) == (
         "['a']: int64[batch, seq0], ['b']: bool[batch, seq1]"
