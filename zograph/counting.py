@@ -83,7 +83,8 @@ def gathered(knows: Knows, data: Any, **named: Any) -> Any:
         return NotImplemented
     if any(isinstance(x, (list, tuple)) for x in data):
         return NotImplemented
-    found = torch.stack([torch.as_tensor(x).reshape(()) for x in data])
+    device = next(x.device for x in data if isinstance(x, Tensor))
+    found = torch.stack([torch.as_tensor(x, device=device).reshape(()) for x in data])
     return found.to(named.get("device"), named.get("dtype"))
 
 

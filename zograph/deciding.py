@@ -103,9 +103,7 @@ class Deciding(TorchFunctionMode):
         """Call a function on the values of tensors, outside of the trace."""
 
         def value(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                return self._known[id(leaf)][1]
-            return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+            return self._known[id(leaf)][1] if isinstance(leaf, Tensor) else on_cpu(leaf)
 
         args, kwargs = pytree.tree_map(value, (args, kwargs))
         if isinstance(kwargs.get("device"), str):
@@ -155,6 +153,11 @@ def outside() -> Iterator[None]:
         yield
 
 
+def on_cpu(leaf: Any) -> Any:
+    """Replace a device."""
+    return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+
 def writes(func: Any) -> bool:
     """Whether a function may write into its first argument."""
     name = getattr(func, "__name__", "")
@@ -172,19 +175,20 @@ class Decisions:
     """The answers that a graph was traced with, and a graph that finds those of a batch."""
 
     gm: fx.GraphModule
-    """From the batch to the tensors that were asked."""
+    """From the batch to the tensors that were asked, on the CPU."""
     answers: tuple[Tensor, ...]
     constants: Mapping[str, Tensor]
 
     def hold(self, leaves: Mapping[str, Any]) -> bool:
         """Whether a batch gives the same answers; `leaves` are its leaves by path."""
         known = {**self.constants, **leaves}
+        given = [known[str(meta(n).name)].cpu() for n in placeholders(self.gm)]
         try:
             with torch.no_grad():
-                found = self.gm(*(known[str(meta(n).name)] for n in placeholders(self.gm)))
+                found = self.gm(*given)
         except (RuntimeError, IndexError):  # what follows from another answer may not be computable
             return False
-        return all(torch.equal(f.cpu(), a) for f, a in zip(found, self.answers, strict=True))
+        return all(torch.equal(f, a) for f, a in zip(found, self.answers, strict=True))
 
 
 def split_decisions(
@@ -201,6 +205,8 @@ def split_decisions(
     for node in reversed(asking.graph.nodes):  # assertions too: another batch may not keep them
         if node.op != "output" and not node.users:
             asking.graph.erase_node(node)
+        else:
+            node.args, node.kwargs = pytree.tree_map(on_cpu, (node.args, node.kwargs))
     kinds = {meta(n).kind for n in placeholders(asking)}
     assert kinds <= {Kind.INPUT, Kind.CONSTANT}, "what was asked follows from the batch alone"
     asking.recompile()

@@ -69,8 +69,11 @@ def batches(model: Any) -> Iterator[dict[str, Any]]:
     needed = [
         n for n, p in takes.items() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD
     ]
-    main = [n for n in (model.main_input_name, "input_ids", "pixel_values") if n in takes][:1]
-    extras = (("attention_mask", "labels"), ("labels",), ("decoder_input_ids",), (), tuple(takes))
+    named = model.main_input_name
+    inputs = (named if isinstance(named, str) else named[0], "input_ids", "pixel_values")
+    main = [n for n in inputs if n in takes][:1]
+    decoded = ("attention_mask", "decoder_input_ids")
+    extras = (("attention_mask", "labels"), ("labels",), decoded, (), tuple(takes))
     for extra in extras:
         for make in (Maker(model, *way) for way in product(LABELS, FEATURES)):
             names = dict.fromkeys([*main, *needed, *(n for n in extra if n in takes)])

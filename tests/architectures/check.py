@@ -24,7 +24,7 @@ from zograph.errors import CaptureError
 
 STEPS = 2
 BYTES = 10 << 30
-EPS, LR = 1e-3, 1e-3
+EPS, LR = 1e-3, 1e-5
 
 
 def found(kind: Any) -> tuple[nn.Module, dict[str, Any], Any]:

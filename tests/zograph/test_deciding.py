@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import zograph
 from tests.reference import Reference
+from zograph.deciding import split_decisions
 from zograph.errors import CaptureError
+from zograph.ir import KEY, GraphInfo, Kind, NodeMeta
 
 EPS = 1e-3
 Forward = Callable[[Tensor, Tensor, nn.Module], Tensor]
@@ -195,6 +197,25 @@ def test_a_step_on_batches_that_decide_differently() -> None:
     assert last is not None
     losses = [probe.losses(data, last.seed) for data in (ONES, SHORT, MOVED)]
     assert last.loss_plus == pytest.approx(sum(p for p, _ in losses) / 3, rel=1e-6)
+
+
+def test_answers_are_found_on_the_cpu() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta[KEY] = NodeMeta(Kind.INPUT, "['x']")
+    options = {"dtype": torch.int64, "device": torch.device("cuda")}
+    more = graph.call_function(torch.ops.aten.arange.default, (3,), options)
+    total = graph.call_function(torch.ops.aten.add.Tensor, (x, more))
+    for node in (more, total, graph.output((x, total))):
+        node.meta[KEY] = NodeMeta()
+    gm = torch.fx.GraphModule(nn.Module(), graph)
+    gm.meta[KEY] = GraphInfo(params={}, has_loss=False)
+    decisions = split_decisions(gm, [torch.tensor([1, 2, 3])], {})
+    assert decisions is not None
+    assert gm.graph.output_node().args == ((x,),)
+    assert decisions.hold({"['x']": torch.ones(3, dtype=torch.int64)})
+    assert not decisions.hold({"['x']": torch.zeros(3, dtype=torch.int64)})
+    assert not decisions.hold({"['x']": torch.zeros(4, dtype=torch.int64)})  # not computable
 
 
 def images(model: nn.Module, *grids: tuple[int, int, int]) -> dict[str, Tensor]:
