@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Knows = Callable[[Any], bool]
 
@@ -87,6 +88,33 @@ def gathered(knows: Knows, data: Any, **named: Any) -> Any:
     found = torch.stack([torch.as_tensor(x, device=device).reshape(()) for x in data])
     return found.to(named.get("device"), named.get("dtype"))
 
+
+def sized(knows: Knows, args: Any) -> Any:
+    """Replace known tensors that stand where integers belong: a call would ask them unseen."""
+
+    def number(leaf: Any) -> Any:
+        whole = knows(leaf) and not leaf.ndim and not leaf.is_floating_point()
+        return int(leaf) if whole else leaf
+
+    return pytree.tree_map(number, args)
+
+
+SIZED = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.linspace, torch.eye}
+"""Functions of integers alone."""
+SIZED_AFTER_FIRST = {
+    Tensor.view,
+    Tensor.reshape,
+    torch.reshape,
+    Tensor.expand,
+    Tensor.repeat,
+    Tensor.unflatten,
+    Tensor.narrow,
+    torch.narrow,
+    Tensor.new_zeros,
+    Tensor.new_ones,
+    Tensor.new_empty,
+}
+"""Functions of a tensor and integers."""
 
 REWRITTEN: dict[Any, Callable[..., Any]] = {
     Tensor.__iter__: iterated,

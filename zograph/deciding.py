@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from zograph.counting import REWRITTEN
+from zograph.counting import REWRITTEN, SIZED, SIZED_AFTER_FIRST, sized
 from zograph.ir import Kind, clone, meta, output, placeholders
 
 ASKING = {
@@ -82,6 +82,10 @@ class Deciding(TorchFunctionMode):
                 result = rewrite(self.knows, *args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func in SIZED or func in SIZED_AFTER_FIRST:
+            kept = int(func in SIZED_AFTER_FIRST)
+            with self:
+                args = (*args[:kept], *sized(self.knows, args[kept:]))
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             with self:
                 args = (args[0], self._listed(args[1]), *args[2:])

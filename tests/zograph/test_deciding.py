@@ -123,6 +123,8 @@ WAYS: dict[str, Forward] = {
     "unique_consecutive": lambda x, mask, m: x.mean() * len(mask.view(-1).unique_consecutive()),
     "a tensor of tensors": lambda x, mask, m: x[
         0, torch.tensor([row.sum() - 1 for row in mask])].mean(),
+    "sizes that are tensors": lambda x, mask, m: x.view(-1)[
+        torch.arange(mask.sum()).view(1, mask.sum())].mean(),
     "numpy": lambda x, mask, m: x.mean() * float(mask.numpy().sum()),
     "writes": written,
 }  # fmt: skip
