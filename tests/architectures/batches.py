@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -16,6 +17,8 @@ from transformers.models.auto import modeling_auto as auto
 ROWS, LENGTH = 2, 12
 LABELS = ((ROWS, LENGTH), (ROWS,))
 FEATURES = ("raw", "bins first", "bins last")
+GRIDS = ((1, 4, 4), (1, 4, 8))
+"""Frames, rows and columns of the patches of two images."""
 MOST_PARAMETERS = 200_000_000
 
 HEADS = (
@@ -101,7 +104,7 @@ class Maker:
         parts = (c for c in vars(config).values() if isinstance(c, PreTrainedConfig))
         self.configs = [config, *parts]
 
-    def field(self, *names: str, default: int) -> int:
+    def field(self, *names: str, default: int = 0) -> int:
         """Return the first integer that a configuration or a part of it has by these names."""
         for name in names:
             for config in self.configs:
@@ -126,8 +129,13 @@ class Maker:
             return self.integers(0, classes, *self.label)
         if name == "bbox":
             return self.integers(0, 100, ROWS, LENGTH, 2).repeat(1, 1, 2).sort(-1).values
+        if name in ("grid_thw", "image_grid_thw"):
+            return torch.tensor(GRIDS)
+        if name in ("hidden_states", "pixel_values") and self.field("temporal_patch_size"):
+            patch = self.field("temporal_patch_size") * self.field("patch_size", default=1) ** 2
+            return self.normal(sum(math.prod(grid) for grid in GRIDS), channels * patch)
         if name == "pixel_values":
-            frames = self.field("num_frames", default=0)
+            frames = self.field("num_frames")
             shape = (ROWS, frames, channels, side, side) if frames else (ROWS, channels, side, side)
             return self.normal(*shape)
         if name in ("input_features", "audio_values", "input_values"):

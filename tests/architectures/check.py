@@ -43,7 +43,10 @@ def found(kind: Any) -> tuple[nn.Module, dict[str, Any], Any]:
         except Exception as error:  # noqa: BLE001  any failure: the next one
             said.append(first_line(error))
             continue
-        for batch, loss_fn in product(batches(model), (None, own_loss)):
+        tries = list(batches(model))
+        if not tries:
+            said.append(f"no batch for {cls.__name__}.forward")
+        for batch, loss_fn in product(tries, (None, own_loss)):
             try:
                 loss = Reference(model, loss_fn, eps=EPS).loss(batch)
             except Exception as error:  # noqa: BLE001
@@ -52,7 +55,7 @@ def found(kind: Any) -> tuple[nn.Module, dict[str, Any], Any]:
             if isfinite(loss):
                 return model, batch, loss_fn
             said.append("the loss is not finite")
-    raise NotBuilt(said[0] if said else "no valid small configuration, or unknown arguments")
+    raise NotBuilt(said[0] if said else "no valid small configuration")
 
 
 def run(
