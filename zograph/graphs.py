@@ -156,7 +156,7 @@ class Graphs:
         for signature in signatures(batch, dynamic=self.options.dynamic):
             key = (signature, dual, loss_fn is None)
             try:
-                captured = self._served(key, batch, loss_fn)
+                captured = self._admitting(key, batch, loss_fn)
             except CaptureError as error:
                 failure = error
             else:
@@ -165,7 +165,7 @@ class Graphs:
         assert failure is not None, "the last level admits its own batch"
         raise failure
 
-    def _served(
+    def _admitting(
         self, key: Key, batch: Mapping[str, Any], loss_fn: LossFn | None
     ) -> Captured | None:
         """Return the capture of one signature that admits a batch, if there can be one.

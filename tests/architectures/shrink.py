@@ -48,6 +48,7 @@ SCALES = (8, 2)
 """Factors that all sizes and numbers of heads are divided by where `WIDTH` gives no model."""
 
 
+KEY_HEADS = "num_key_value_heads"
 UNSET = {"prediction_length": 8, "vocab_size": 64}
 """Sizes that a configuration leaves to its user."""
 
@@ -111,6 +112,9 @@ def small(config: PreTrainedConfig, rules: tuple[Rule, ...], width: Width) -> di
         elif isinstance(value, list) and layers and len(value) == layers:
             kept = ruled(rules, "num_hidden_layers", layers)
             found[name] = [*value[: kept - 1], value[-1]]  # the last layer may be of another kind
+    heads, groups = (getattr(config, n, None) for n in ("num_attention_heads", KEY_HEADS))
+    if groups is not None and groups == heads:  # a model may rely on it
+        found[KEY_HEADS] = found.get("num_attention_heads", heads)
     return found
 
 
