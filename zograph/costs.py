@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from zograph.ir import module
+from zograph.errors import CaptureError
+from zograph.ir import module, op_name
 from zograph.meter import Cost, Sizes, measure
 from zograph.passes.materialize import beyond, split_pairs
 from zograph.passes.partition import body_form
@@ -56,3 +59,20 @@ class Costs:
                 found[key] = measure(body, sizes)
             costs.append(found[key])
         return costs
+
+
+def check_sizes(gm: fx.GraphModule) -> None:
+    """Refuse sizes that depend on the values of tensors: no budget can be planned for them.
+
+    Raises
+    ------
+    CaptureError
+        If there are any.
+    """
+    for node in gm.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and free_unbacked_symbols(val):
+            raise CaptureError(
+                f"the size of {node.name} ({op_name(node)}) depends on values that the model "
+                f"computes: no budget can be planned for it. Leave memory= and storage= out."
+            )

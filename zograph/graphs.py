@@ -11,17 +11,17 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from zograph.bounds import Bound, check_bounds, find_bounds
 from zograph.capture import Capture, capture
+from zograph.costs import check_sizes
 from zograph.device import DeviceSpec
 from zograph.elision import PERIODS, choose_period
 from zograph.errors import CaptureError
 from zograph.fixed_points.comparing import Choice
 from zograph.fixed_points.comparing import choose as choose_solver
-from zograph.ir import clone, info, meta, op_name
+from zograph.ir import clone, info, meta
 from zograph.layout import Layout
 from zograph.looks import shared_results
 from zograph.memory import give_back, keep_little, uncollected
@@ -351,23 +351,6 @@ class Graphs:
         leaves = [next(constants) if i is None else results[i] for i in record.out_leaves]
         assert record.out_spec is not None
         return pytree.tree_unflatten(leaves, record.out_spec)
-
-
-def check_sizes(gm: fx.GraphModule) -> None:
-    """Refuse sizes that depend on the values of tensors: no budget can be planned for them.
-
-    Raises
-    ------
-    CaptureError
-        If there are any.
-    """
-    for node in gm.graph.nodes:
-        val = node.meta.get("val")
-        if isinstance(val, torch.Tensor) and free_unbacked_symbols(val):
-            raise CaptureError(
-                f"the size of {node.name} ({op_name(node)}) depends on values that the model "
-                f"computes: no budget can be planned for it. Leave memory= and storage= out."
-            )
 
 
 def choices_of(trial: Runner, findings: Sequence[torch.Tensor]) -> dict[str, Choice]:
