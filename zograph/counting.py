@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Knows = Callable[[Any], bool]
@@ -89,6 +89,21 @@ def gathered(knows: Knows, data: Any, **named: Any) -> Any:
     return found.to(named.get("device"), named.get("dtype"))
 
 
+def shaped(make: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return what fills a tensor like another, of which only the form counts."""
+
+    def like(knows: Knows, tensor: Tensor, *values: Any, **named: Any) -> Any:
+        if knows(tensor) or named.keys() - {"dtype", "device"}:
+            return NotImplemented
+        if not torch.empty_like(tensor).is_contiguous():
+            return NotImplemented
+        return make(
+            tensor.shape, *values, **{"dtype": tensor.dtype, "device": tensor.device} | named
+        )
+
+    return like
+
+
 def sized(knows: Knows, args: Any) -> Any:
     """Replace known tensors that stand where integers belong: a call would ask them unseen."""
 
@@ -110,6 +125,7 @@ SIZED_AFTER_FIRST = {
     Tensor.unflatten,
     Tensor.narrow,
     torch.narrow,
+    nn.functional.interpolate,
     Tensor.new_zeros,
     Tensor.new_ones,
     Tensor.new_empty,
@@ -128,6 +144,9 @@ REWRITTEN: dict[Any, Callable[..., Any]] = {
     torch.repeat_interleave: repeated,
     Tensor.repeat_interleave: repeated,
     torch.tensor: gathered,
+    torch.zeros_like: shaped(torch.zeros),
+    torch.ones_like: shaped(torch.ones),
+    torch.full_like: shaped(torch.full),
     torch.unique_consecutive: distinct,
     Tensor.unique_consecutive: distinct,
     torch.unique: unique,

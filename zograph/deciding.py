@@ -86,6 +86,7 @@ class Deciding(TorchFunctionMode):
             kept = int(func in SIZED_AFTER_FIRST)
             with self:
                 args = (*args[:kept], *sized(self.knows, args[kept:]))
+                kwargs = sized(self.knows, kwargs)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             with self:
                 args = (args[0], self._listed(args[1]), *args[2:])
@@ -142,6 +143,8 @@ class Deciding(TorchFunctionMode):
         """Replace known masks in an index by the places where they are true, which are counted."""
 
         def places(part: Any) -> tuple[Any, ...]:
+            if isinstance(part, (list, tuple)) and any(isinstance(x, Tensor) for x in part):
+                return (torch.tensor(part),)
             mask = self.knows(part) and part.dtype == torch.bool and part.ndim
             return part.nonzero(as_tuple=True) if mask else (part,)
 

@@ -125,6 +125,12 @@ WAYS: dict[str, Forward] = {
         0, torch.tensor([row.sum() - 1 for row in mask])].mean(),
     "sizes that are tensors": lambda x, mask, m: x.view(-1)[
         torch.arange(mask.sum()).view(1, mask.sum())].mean(),
+    "of the form of what weights made": lambda x, mask, m: (
+        x.mean() * torch.ones_like(x).sum().item()),
+    "a list of tensors as an index": lambda x, mask, m: x[
+        0, [row.sum() - 1 for row in mask]].mean(),
+    "sizes by keyword": lambda x, mask, m: nn.functional.interpolate(
+        x, size=mask.sum(), mode="linear").mean(),
     "numpy": lambda x, mask, m: x.mean() * float(mask.numpy().sum()),
     "writes": written,
 }  # fmt: skip
