@@ -20,7 +20,7 @@ import zograph
 from tests.architectures.batches import NotBuilt, batches, build, model_class, own_loss
 from tests.architectures.shrink import shrunken
 from tests.reference import Reference
-from zograph.errors import CaptureError
+from zograph.errors import CaptureError, PassError
 
 STEPS = 2
 BYTES = 10 << 30
@@ -35,7 +35,9 @@ def found(kind: Any) -> tuple[nn.Module, dict[str, Any], Any]:
     NotBuilt
         With what the first try said.
     """
-    cls = getattr(transformers, str(model_class(kind)))
+    cls = getattr(transformers, str(model_class(kind)), None)
+    if cls is None:
+        raise NotBuilt(f"transformers has no {model_class(kind)}")
     said: list[str] = []
     for config in shrunken(kind):
         try:
@@ -91,7 +93,7 @@ def check(name: str) -> dict[str, Any]:
         return result | compared(model, batch, loss_fn)
     except NotBuilt as error:
         return result | {"outcome": "not built", "said": str(error)}
-    except CaptureError as error:
+    except (CaptureError, PassError) as error:
         return result | {"outcome": "no graph", "said": str(error)[:2000]}
     except Exception as error:  # noqa: BLE001  a defect, to be reported
         traceback.print_exc()
