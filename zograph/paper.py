@@ -218,5 +218,5 @@ def captured(
         if found.admits(batch):
             known = sizes(signature, batch)
             return found.gm, {symbol: known[name] for name, symbol in found.symbols.items()}
-    assert failure is not None, "the static level admits its own batch"
+    assert failure is not None, "the last level admits its own batch"
     raise failure

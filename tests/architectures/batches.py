@@ -67,7 +67,7 @@ def build(cls: Any, config: PreTrainedConfig) -> nn.Module:
 
 
 def batches(model: Any) -> Iterator[dict[str, Any]]:
-    """Yield batches to try: with labels and masks, with labels, bare."""
+    """Yield batches to try, each once: with labels and masks, with labels, bare, with all."""
     takes = inspect.signature(model.forward).parameters
     needed = [
         n for n, p in takes.items() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD
@@ -77,12 +77,15 @@ def batches(model: Any) -> Iterator[dict[str, Any]]:
     main = [n for n in inputs if n in takes][:1]
     decoded = ("attention_mask", "decoder_input_ids")
     extras = (("attention_mask", "labels"), ("labels",), decoded, (), tuple(takes))
+    seen = set()
     for extra in extras:
         for make in (Maker(model, *way) for way in product(LABELS, FEATURES)):
             names = dict.fromkeys([*main, *needed, *(n for n in extra if n in takes)])
             found = {n: make(n) for n in names}
             given = {n: v for n, v in found.items() if v is not None}
-            if all(n in given for n in (*main, *needed)):
+            form = tuple((n, v.shape) for n, v in given.items())
+            if form not in seen and all(n in given for n in (*main, *needed)):
+                seen.add(form)
                 yield given
 
 
