@@ -145,7 +145,7 @@ def capture(
         Any module; left as it is.
     batch
         Only its structure is used: the sizes come from the signature's stand-ins. At the level
-        ``values`` the forward may also ask for the values of what depends on the batch alone.
+        ``values`` the forward may also ask for the values of what depends on batch and buffers.
     loss_fn
         ``loss_fn(model, **batch) -> loss``; by default the loss is the model's own.
     want_loss
@@ -166,7 +166,8 @@ def capture(
     """
     device = device or torch.device("cpu")
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    values = batch if sig.level == "values" else None
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    values = (batch, buffers) if sig.level == "values" else None
     traced = Traced(fake_copy(model, mode, device, compute_dtype), loss_fn, want_loss, values)
     with mode:
         leaves = [leaf.stand_in(sig.level) for leaf in sig.leaves]
@@ -239,7 +240,7 @@ def _finish(
     enter_cells(gm, cells)
     _restore_base(gm, base)
     gm.meta[KEY] = GraphInfo(params=parameter_table(model), has_loss=traced.want_loss)
-    decisions = split_decisions(gm, traced.returned.answers, constants)
+    decisions = split_decisions(gm, traced.returned.answers, {**buffers, **constants})
     _record_outputs(info(gm), traced)
     enter_in_pieces(gm)
     gm.graph.eliminate_dead_code()

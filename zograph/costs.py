@@ -74,5 +74,5 @@ def check_sizes(gm: fx.GraphModule) -> None:
         if isinstance(val, torch.Tensor) and free_unbacked_symbols(val):
             raise CaptureError(
                 f"the size of {node.name} ({op_name(node)}) depends on values that the model "
-                f"computes: no budget can be planned for it. Leave memory= and storage= out."
+                f"computes: no budget can be planned for it. Compile without memory= and storage=."
             )

@@ -1,9 +1,10 @@
 """Decisions by values of the batch: made while a model is traced, guards of its graph afterwards.
 
-A forward may branch on its masks, or read sizes of images from a tensor. What follows from the
-batch alone is computed beside the trace, from the batch itself, so that such a line gets its
-answer. The tensor that was asked becomes a result of the graph, which :class:`Decisions` computes
-anew for every later batch: the graph serves those that give the same answers.
+A forward may branch on its masks, read sizes of images from a tensor, or a stride from a buffer.
+What follows from the batch and the buffers is computed beside the trace, from their values, so that
+such a line gets its answer. The tensor that was asked becomes a result of the graph, which
+:class:`Decisions` computes anew for every later batch: the graph serves those that give the same
+answers.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ RANDOM = ("rand", "normal", "bernoulli", "multinomial", "dropout", "exponential"
 
 
 class Deciding(TorchFunctionMode):
-    """Follows a trace with the values of what depends on the batch alone.
+    """Follows a trace with the values of what depends on the batch and the buffers alone.
 
     Parameters
     ----------
     traced, batch
-        The trace's fake batch and the true one; of the same sizes.
+        The trace's fake batch and buffers and the true ones; of the same sizes.
 
     Attributes
     ----------
@@ -117,7 +118,7 @@ class Deciding(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def knows(self, tensor: Any) -> bool:
-        """Whether the values of a tensor follow from the batch."""
+        """Whether the values of a tensor follow from the batch and the buffers."""
         return isinstance(tensor, Tensor) and id(tensor) in self._known
 
     def _learn(self, fake: Any, value: Any) -> None:
@@ -140,17 +141,21 @@ class Deciding(TorchFunctionMode):
         return self._known[id(tensor)][1].untyped_storage().data_ptr()
 
     def _listed(self, index: Any) -> Any:
-        """Replace known masks in an index by the places where they are true, which are counted."""
+        """Replace known masks in an index by the places where they are true, which are counted.
+
+        Known bounds of slices are asked.
+        """
 
         def places(part: Any) -> tuple[Any, ...]:
+            if isinstance(part, slice):
+                return (slice(*sized(self.knows, (part.start, part.stop, part.step))),)
             if isinstance(part, (list, tuple)) and any(isinstance(x, Tensor) for x in part):
                 return (torch.tensor(part),)
             mask = self.knows(part) and part.dtype == torch.bool and part.ndim
             return part.nonzero(as_tuple=True) if mask else (part,)
 
-        if isinstance(index, tuple):
-            return tuple(x for part in index for x in places(part))
-        return places(index) if isinstance(index, Tensor) else index
+        parts = index if isinstance(index, tuple) else (index,)
+        return tuple(x for part in parts for x in places(part))
 
 
 @contextmanager
@@ -174,7 +179,8 @@ def writes(func: Any) -> bool:
 
 def is_random(func: Any) -> bool:
     """Whether a function draws numbers."""
-    return getattr(func, "__name__", "").startswith(RANDOM)
+    name = getattr(func, "__name__", "")
+    return name.startswith(RANDOM) and name != "normalize"
 
 
 @dataclass(frozen=True)
@@ -182,13 +188,14 @@ class Decisions:
     """The answers that a graph was traced with, and a graph that finds those of a batch."""
 
     gm: fx.GraphModule
-    """From the batch to the tensors that were asked, on the CPU."""
+    """From batch and buffers to the tensors that were asked, on the CPU."""
     answers: tuple[Tensor, ...]
-    constants: Mapping[str, Tensor]
+    held: Mapping[str, Tensor]
+    """Constants and buffers by name."""
 
     def hold(self, leaves: Mapping[str, Any]) -> bool:
         """Whether a batch gives the same answers; `leaves` are its leaves by path."""
-        known = {**self.constants, **leaves}
+        known = {**self.held, **leaves}
         given = [known[str(meta(n).name)].cpu() for n in placeholders(self.gm)]
         try:
             with torch.no_grad():
@@ -199,7 +206,7 @@ class Decisions:
 
 
 def split_decisions(
-    gm: fx.GraphModule, answers: Sequence[Tensor], constants: Mapping[str, Tensor]
+    gm: fx.GraphModule, answers: Sequence[Tensor], held: Mapping[str, Tensor]
 ) -> Decisions | None:
     """Take the last results off a graph, one for each answer, into a graph of their own."""
     if not answers:
@@ -215,6 +222,6 @@ def split_decisions(
         else:
             node.args, node.kwargs = pytree.tree_map(on_cpu, (node.args, node.kwargs))
     kinds = {meta(n).kind for n in placeholders(asking)}
-    assert kinds <= {Kind.INPUT, Kind.CONSTANT}, "what was asked follows from the batch alone"
+    assert kinds <= {Kind.INPUT, Kind.BUFFER, Kind.CONSTANT}, "weights were asked"
     asking.recompile()
-    return Decisions(asking, tuple(answers), constants)
+    return Decisions(asking, tuple(answers), held)

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from zograph import schedule as scheduling
 from zograph.capture import capture
+from zograph.costs import check_sizes
 from zograph.device import DeviceSpec
 from zograph.errors import CaptureError
 from zograph.formats import parse_transfer_dtype, with_format
@@ -67,7 +68,7 @@ def plan(
     PlanError
         If the budget is too small; its `minimum` is the least that is enough.
     CaptureError
-        If the model cannot be captured.
+        If the model cannot be captured, or chooses sizes by what it computes.
     """
     paper = Paper(
         model_or_config,
@@ -91,7 +92,7 @@ class Paper:
     Raises
     ------
     CaptureError
-        If the model cannot be captured.
+        If the model cannot be captured, or chooses sizes by what it computes.
 
     Examples
     --------
@@ -125,6 +126,7 @@ class Paper:
             model = empty_model(model, auto_class)
         self.directions = directions
         self._captured, frame = captured(model, batch, loss_fn)
+        check_sizes(self._captured)
         form = parse_transfer_dtype(transfer_dtype, torch.device("cpu"))
         info(self._captured).params = with_format(info(self._captured).params, form)
         self._front, back = default_passes().replace("lower").split("offload")

@@ -90,8 +90,9 @@ class Traced(nn.Module):
         model: nn.Module,
         loss_fn: LossFn | None,
         want_loss: bool,
-        values: Mapping[str, Any] | None = None,
+        values: tuple[Mapping[str, Any], Mapping[str, torch.Tensor]] | None = None,
     ) -> None:
+        """At the level ``values``, `values` are the true batch and the true buffers by name."""
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
@@ -101,7 +102,7 @@ class Traced(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         try:
-            with Fixing(batch) if self.values is None else Deciding(batch, self.values) as mode:
+            with self._mode(batch) as mode:
                 loss, out = self._run(batch)
         except ZographError:
             raise
@@ -115,6 +116,12 @@ class Traced(nn.Module):
         if isinstance(mode, Deciding):
             asked, self.returned.answers = mode.asked, tuple(mode.answers)
         return (loss, *tensors, *asked) if self.want_loss else (*tensors, *asked)
+
+    def _mode(self, batch: dict[str, Any]) -> Fixing | Deciding:
+        if self.values is None:
+            return Fixing(batch)
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        return Deciding((batch, buffers), self.values)
 
     def _run(self, batch: dict[str, Any]) -> tuple[Any, Any]:
         if self.loss_fn is None:

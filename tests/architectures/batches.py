@@ -15,8 +15,10 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
 ROWS, LENGTH = 2, 12
+MASKS = ("input_features_mask", "padding_mask", "pixel_attention_mask", "spatial_shapes")
 LABELS = ((ROWS, LENGTH), (ROWS,))
-FEATURES = ("raw", "bins first", "bins last")
+LAYOUTS = ("plain", "bins first", "bins last", "more dimensions")
+"""Of images and audio."""
 GRIDS = ((1, 4, 4), (1, 4, 8))
 """Frames, rows and columns of the patches of two images."""
 MOST_PARAMETERS = 200_000_000
@@ -52,6 +54,8 @@ def build(cls: Any, config: PreTrainedConfig) -> nn.Module:
     NotBuilt
         If it is too large.
     """
+    if cls.config_class is config.sub_configs.get("text_config"):
+        config = config.get_text_config()
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(config).parameters())
     if size > MOST_PARAMETERS:
@@ -74,12 +78,12 @@ def batches(model: Any) -> Iterator[dict[str, Any]]:
     ]
     named = model.main_input_name
     inputs = (named if isinstance(named, str) else named[0], "input_ids", "pixel_values")
-    main = [n for n in inputs if n in takes][:1]
+    known = list(dict.fromkeys(n for n in inputs if n in takes))
     decoded = ("attention_mask", "decoder_input_ids")
-    extras = (("attention_mask", "labels"), ("labels",), decoded, (), tuple(takes))
+    extras = (("attention_mask", "labels"), ("labels",), decoded, MASKS, (), tuple(takes))
     seen = set()
-    for extra in extras:
-        for make in (Maker(model, *way) for way in product(LABELS, FEATURES)):
+    for main, extra in product((known[:1], known[1:2], known[:2]), extras):
+        for make in (Maker(model, *way) for way in product(LABELS, LAYOUTS)):
             names = dict.fromkeys([*main, *needed, *(n for n in extra if n in takes)])
             found = {n: make(n) for n in names}
             given = {n: v for n, v in found.items() if v is not None}
@@ -96,12 +100,13 @@ class Maker:
     ----------
     label
         The shape of labels.
-    features
-        The order of what an audio model takes.
+    layout
+        One of `LAYOUTS`.
     """
 
-    def __init__(self, model: Any, label: tuple[int, ...], features: str) -> None:
-        self.main, self.label, self.features = model.main_input_name, label, features
+    def __init__(self, model: Any, label: tuple[int, ...], layout: str) -> None:
+        self.main, self.label, self.layout = model.main_input_name, label, layout
+        self.takes = inspect.signature(model.forward).parameters
         self.config = config = model.config
         self.generator = torch.Generator().manual_seed(1)
         parts = (c for c in vars(config).values() if isinstance(c, PreTrainedConfig))
@@ -119,9 +124,10 @@ class Maker:
 
     def __call__(self, name: str) -> torch.Tensor | None:
         vocab = self.field("vocab_size", default=100)
-        side = self.field("image_size", default=64)
         channels = self.field("num_channels", "in_channels", default=3)
-        if name in ("input_ids", "decoder_input_ids"):
+        patch = self.field("patch_size", default=1)
+        patches = sum(math.prod(grid) for grid in GRIDS)
+        if name in ("input_ids", "decoder_input_ids", "qformer_input_ids"):
             return self.integers(3, vocab, ROWS, LENGTH)
         if name in ("attention_mask", "decoder_attention_mask"):
             mask = torch.ones(ROWS, LENGTH, dtype=torch.int64)
@@ -134,24 +140,71 @@ class Maker:
             return self.integers(0, 100, ROWS, LENGTH, 2).repeat(1, 1, 2).sort(-1).values
         if name in ("grid_thw", "image_grid_thw"):
             return torch.tensor(GRIDS)
-        if name in ("hidden_states", "pixel_values") and self.field("temporal_patch_size"):
-            patch = self.field("temporal_patch_size") * self.field("patch_size", default=1) ** 2
-            return self.normal(sum(math.prod(grid) for grid in GRIDS), channels * patch)
-        if name == "pixel_values":
-            frames = self.field("num_frames")
-            shape = (ROWS, frames, channels, side, side) if frames else (ROWS, channels, side, side)
-            return self.normal(*shape)
-        if name in ("input_features", "audio_values", "input_values"):
-            if self.features == "raw":
-                return self.normal(ROWS, 6000)
-            bins = self.field("num_mel_bins", "feature_size", "input_dim", default=80)
-            length = self.field("max_length", default=200)
-            shape = (bins, length) if self.features == "bins first" else (length, bins)
-            return self.normal(ROWS, *shape)
-        if name == "past_values":
-            length = self.field("context_length", "prediction_length", default=32)
-            return self.normal(ROWS, length, self.field("num_input_channels", default=1))
+        if name == "merge_sizes":
+            return torch.ones(len(GRIDS), dtype=torch.int64)
+        if name in ("hidden_states", "pixel_values") and (
+            self.field("temporal_patch_size") or "grid_thw" in self.takes
+        ):
+            return self.normal(
+                patches, channels * self.field("temporal_patch_size", default=1) * patch**2
+            )
+        if "spatial_shapes" in self.takes:
+            rows, columns = GRIDS[0][1:]
+            if name == "pixel_values":
+                return self.normal(ROWS, rows * columns, channels * patch**2)
+            if name == "spatial_shapes":
+                return torch.tensor([[rows, columns]] * ROWS)
+            if name == "pixel_attention_mask":
+                return torch.ones(ROWS, rows * columns, dtype=torch.int64)
+        if name in ("pixel_values", "pixel_values_videos"):
+            sides = self.sides()
+            frames = self.field("num_frames", "frames_per_clip")
+            if name == "pixel_values_videos":
+                frames = frames or 2
+            if self.layout == "more dimensions":
+                frames = 0 if frames else 2
+            return self.normal(ROWS, *((frames,) if frames else ()), channels, *sides)
+        if name in ("input_features", "audio_values", "input_values", "audio_mel"):
+            return self.audio()
+        if name in ("input_features_mask", "padding_mask", "audio_mel_mask"):
+            shape = self.audio().shape
+            mask = torch.ones(ROWS, shape[1 if self.layout == "bins last" else -1])
+            return mask.bool() if name == "audio_mel_mask" else mask.long()
+        if name in ("past_values", "past_observed_mask", "past_time_features"):
+            return self.series(name)
         return None
+
+    def sides(self) -> list[int]:
+        """Return the height and width of an image."""
+        for config in self.configs:
+            size = getattr(config, "image_size", None)
+            if isinstance(size, (list, tuple)) and len(size) == 2:
+                return [int(n) for n in size]
+        return [self.field("image_size", default=64)] * 2
+
+    def audio(self) -> torch.Tensor:
+        """Return samples of a wave, or spectra."""
+        if self.layout == "plain":
+            return self.normal(ROWS, 5760)
+        if self.layout == "more dimensions":
+            return self.normal(ROWS, 1, 5760)
+        sizes = ("feature_projection_input_dim", "input_dim", "num_mel_bins", "feature_size")
+        bins = self.field(*sizes, "input_feat_size", default=80)
+        length = 2 * self.field("max_source_positions") or self.field("max_length", default=200)
+        return self.normal(
+            ROWS, *((bins, length) if self.layout == "bins first" else (length, bins))
+        )
+
+    def series(self, name: str) -> torch.Tensor:
+        """Return the past of a time series, or what is known of it."""
+        length = self.field("context_length", "prediction_length", default=32)
+        length += max(getattr(self.config, "lags_sequence", None) or [0])
+        channels = self.field("num_input_channels", "input_size", default=1)
+        if name == "past_time_features":
+            return self.normal(ROWS, length, self.field("num_time_features"))
+        flat = hasattr(self.config, "lags_sequence") and channels == 1
+        values = self.normal(ROWS, length, *(() if flat else (channels,)))
+        return torch.ones_like(values) if name == "past_observed_mask" else values
 
     def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, max(high, low + 1), shape, generator=self.generator)

@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from tests.architectures import check
-from tests.architectures.shrink import COUNTS, DEPTH, fixed, scaled, shrunken, small
+from tests.architectures.shrink import COUNTS, DEPTH, UNSET, fixed, scaled, shrunken, small
 from tests.reference import Reference
 
 SAMPLE = ("gemma3_text", "mamba", "mpnet", "patchtst", "qwen2_vl", "segformer", "wav2vec2", "xlnet")
@@ -74,7 +74,7 @@ def test_configurations_become_small() -> None:
 
 def test_parts_become_small() -> None:
     config = CONFIG_MAPPING["qwen2_vl"]()
-    found = small(config, (*COUNTS, *DEPTH), fixed)
+    found = small(config, (*COUNTS, *DEPTH), fixed, UNSET)
     assert found["vision_config"]["depth"] == 2
     assert found["text_config"]["hidden_size"] == 64
 

@@ -28,6 +28,8 @@ class Deciding(nn.Module):
         super().__init__()
         self.emb = nn.Embedding(9, 4)
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.most: Tensor
+        self.register_buffer("most", torch.tensor(3), persistent=False)
         self.follow = forward
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -131,6 +133,10 @@ WAYS: dict[str, Forward] = {
         0, [row.sum() - 1 for row in mask]].mean(),
     "sizes by keyword": lambda x, mask, m: nn.functional.interpolate(
         x, size=mask.sum(), mode="linear").mean(),
+    "bounds of slices": lambda x, mask, m: x.view(8, 4)[: mask.sum()].mean(),
+    "splits by tensors": lambda x, mask, m: x.split(m.most, dim=1)[0].mean(),
+    "pads by tensors": lambda x, mask, m: nn.functional.pad(x, (0, mask.sum())).mean(),
+    "buffers": lambda x, mask, m: x[:, : m.most - mask[1, -1]].mean(),
     "numpy": lambda x, mask, m: x.mean() * float(mask.numpy().sum()),
     "writes": written,
 }  # fmt: skip
@@ -143,6 +149,16 @@ def test_every_way_to_ask(way: str, memory: Any) -> None:
     step = compiled(WAYS[way], memory=memory)
     for data in (SHORT, ONES, MOVED, FEWER):
         check(step, data)
+
+
+@pytest.mark.parametrize("memory", [None, "minimum"])
+def test_a_buffer_that_changes_is_decided_by_anew(memory: Any) -> None:
+    step = compiled(lambda x, mask, m: x.mean() if m.most > 2 else x.sum(), memory=memory)
+    assert check(step, ONES) == 1
+    step.model.most.fill_(1)  # type: ignore[operator, union-attr]
+    assert check(step, ONES) == 2
+    step.model.most.fill_(3)  # type: ignore[operator, union-attr]
+    assert check(step, ONES) == 2
 
 
 def test_a_size_that_weights_decide_has_no_budget() -> None:
@@ -184,6 +200,16 @@ def test_random_numbers_do_not_follow_from_the_batch() -> None:
         compiled(lambda x, m, _: x.mean() if torch.rand_like(m.float())[0, 0] > 0 else x.sum())(
             **ONES
         )
+
+
+def test_what_is_normalized_follows_from_the_batch() -> None:
+    def forward(x: Tensor, mask: Tensor, m: Any) -> Tensor:
+        shares = nn.functional.normalize(mask.float(), p=1.0, dim=-1)
+        return x.mean() if shares.max() > 0.3 else x.sum()
+
+    step = compiled(forward)
+    for data in (SHORT, ONES):
+        check(step, data)
 
 
 def test_a_decision_without_a_graph_leaves_the_others_theirs() -> None:

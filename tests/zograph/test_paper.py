@@ -15,7 +15,7 @@ from torch import nn
 import zograph
 from tests.zoo import batch, build
 from zograph.device import DeviceSpec
-from zograph.errors import PlanError
+from zograph.errors import CaptureError, PlanError
 from zograph.paper import Paper
 from zograph.plans import Plan
 
@@ -53,6 +53,20 @@ def test_one_capture_serves_many_budgets(monkeypatch: pytest.MonkeyPatch) -> Non
     again = {m: one.plan(m, CARD) for m in reversed(plans)}
     assert again == plans
     assert max(calls.values()) == 1
+
+
+def test_sizes_that_weights_decide_have_no_plan() -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x @ self.w
+            return y[y > 0].square().mean()
+
+    with pytest.raises(CaptureError, match="no budget can be planned"):
+        Paper(Chosen(), batch={"x": torch.randn(4, 8)})
 
 
 @pytest.mark.parametrize(
