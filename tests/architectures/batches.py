@@ -123,10 +123,13 @@ class Maker:
         return default
 
     def __call__(self, name: str) -> torch.Tensor | None:
+        kinds = (self.text, self.patches, self.images, self.audio, self.series)
+        found = (kind(name) for kind in kinds)
+        return next((x for x in found if x is not None), None)
+
+    def text(self, name: str) -> torch.Tensor | None:
+        """Return tokens, what stands beside them, or labels."""
         vocab = self.field("vocab_size", default=100)
-        channels = self.field("num_channels", "in_channels", default=3)
-        patch = self.field("patch_size", default=1)
-        patches = sum(math.prod(grid) for grid in GRIDS)
         if name in ("input_ids", "decoder_input_ids", "qformer_input_ids"):
             return self.integers(3, vocab, ROWS, LENGTH)
         if name in ("attention_mask", "decoder_attention_mask"):
@@ -138,73 +141,69 @@ class Maker:
             return self.integers(0, classes, *self.label)
         if name == "bbox":
             return self.integers(0, 100, ROWS, LENGTH, 2).repeat(1, 1, 2).sort(-1).values
+        return None
+
+    def patches(self, name: str) -> torch.Tensor | None:
+        """Return the patches of images of several sizes in a row, or padded, and their sizes."""
+        frames = self.field("temporal_patch_size")
+        size = self.field("num_channels", "in_channels", default=3)
+        size *= self.field("patch_size", default=1) ** 2
+        _, rows, columns = GRIDS[0]
         if name in ("grid_thw", "image_grid_thw"):
             return torch.tensor(GRIDS)
         if name == "merge_sizes":
             return torch.ones(len(GRIDS), dtype=torch.int64)
-        if name in ("hidden_states", "pixel_values") and (
-            self.field("temporal_patch_size") or "grid_thw" in self.takes
-        ):
-            return self.normal(
-                patches, channels * self.field("temporal_patch_size", default=1) * patch**2
-            )
-        if "spatial_shapes" in self.takes:
-            rows, columns = GRIDS[0][1:]
-            if name == "pixel_values":
-                return self.normal(ROWS, rows * columns, channels * patch**2)
-            if name == "spatial_shapes":
-                return torch.tensor([[rows, columns]] * ROWS)
-            if name == "pixel_attention_mask":
-                return torch.ones(ROWS, rows * columns, dtype=torch.int64)
-        if name in ("pixel_values", "pixel_values_videos"):
-            sides = self.sides()
-            frames = self.field("num_frames", "frames_per_clip")
-            if name == "pixel_values_videos":
-                frames = frames or 2
-            if self.layout == "more dimensions":
-                frames = 0 if frames else 2
-            return self.normal(ROWS, *((frames,) if frames else ()), channels, *sides)
-        if name in ("input_features", "audio_values", "input_values", "audio_mel"):
-            return self.audio()
-        if name in ("input_features_mask", "padding_mask", "audio_mel_mask"):
-            shape = self.audio().shape
-            mask = torch.ones(ROWS, shape[1 if self.layout == "bins last" else -1])
-            return mask.bool() if name == "audio_mel_mask" else mask.long()
-        if name in ("past_values", "past_observed_mask", "past_time_features"):
-            return self.series(name)
+        if name == "spatial_shapes":
+            return torch.tensor([[rows, columns]] * ROWS)
+        if name == "pixel_attention_mask":
+            return torch.ones(ROWS, rows * columns, dtype=torch.int64)
+        if name in ("hidden_states", "pixel_values") and (frames or "grid_thw" in self.takes):
+            return self.normal(sum(math.prod(grid) for grid in GRIDS), (frames or 1) * size)
+        if name == "pixel_values" and "spatial_shapes" in self.takes:
+            return self.normal(ROWS, rows * columns, size)
         return None
 
-    def sides(self) -> list[int]:
-        """Return the height and width of an image."""
-        for config in self.configs:
-            size = getattr(config, "image_size", None)
-            if isinstance(size, (list, tuple)) and len(size) == 2:
-                return [int(n) for n in size]
-        return [self.field("image_size", default=64)] * 2
-
-    def audio(self) -> torch.Tensor:
-        """Return samples of a wave, or spectra."""
-        if self.layout == "plain":
-            return self.normal(ROWS, 5760)
+    def images(self, name: str) -> torch.Tensor | None:
+        """Return images or videos."""
+        if name not in ("pixel_values", "pixel_values_videos"):
+            return None
+        frames = self.field("num_frames", "frames_per_clip")
+        if name == "pixel_values_videos":
+            frames = frames or 2
         if self.layout == "more dimensions":
-            return self.normal(ROWS, 1, 5760)
+            frames = 0 if frames else 2
+        channels = self.field("num_channels", "in_channels", default=3)
+        sides = [self.field("image_size", default=64)] * 2
+        for size in (getattr(config, "image_size", None) for config in self.configs):
+            if isinstance(size, (list, tuple)) and len(size) == 2:
+                sides = [int(n) for n in size]
+        return self.normal(ROWS, *((frames,) if frames else ()), channels, *sides)
+
+    def audio(self, name: str) -> torch.Tensor | None:
+        """Return samples of a wave or spectra, or a mask of them."""
         sizes = ("feature_projection_input_dim", "input_dim", "num_mel_bins", "feature_size")
         bins = self.field(*sizes, "input_feat_size", default=80)
         length = 2 * self.field("max_source_positions") or self.field("max_length", default=200)
-        return self.normal(
-            ROWS, *((bins, length) if self.layout == "bins first" else (length, bins))
-        )
+        shapes = ((5760,), (bins, length), (length, bins), (1, 5760))
+        shape = shapes[LAYOUTS.index(self.layout)]
+        if name in ("input_features", "audio_values", "input_values", "audio_mel"):
+            return self.normal(ROWS, *shape)
+        mask = torch.ones(ROWS, shape[0] if self.layout == "bins last" else shape[-1])
+        if name == "audio_mel_mask":
+            return mask.bool()
+        return mask.long() if name in ("input_features_mask", "padding_mask") else None
 
-    def series(self, name: str) -> torch.Tensor:
+    def series(self, name: str) -> torch.Tensor | None:
         """Return the past of a time series, or what is known of it."""
-        length = self.field("context_length", "prediction_length", default=32)
-        length += max(getattr(self.config, "lags_sequence", None) or [0])
-        channels = self.field("num_input_channels", "input_size", default=1)
+        lags = getattr(self.config, "lags_sequence", None)
+        length = self.field("context_length", "prediction_length", default=32) + max(lags or [0])
         if name == "past_time_features":
             return self.normal(ROWS, length, self.field("num_time_features"))
-        flat = hasattr(self.config, "lags_sequence") and channels == 1
-        values = self.normal(ROWS, length, *(() if flat else (channels,)))
-        return torch.ones_like(values) if name == "past_observed_mask" else values
+        channels = self.field("num_input_channels", "input_size", default=1)
+        shape = (length,) if lags and channels == 1 else (length, channels)
+        if name == "past_observed_mask":
+            return torch.ones(ROWS, *shape)
+        return self.normal(ROWS, *shape) if name == "past_values" else None
 
     def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, max(high, low + 1), shape, generator=self.generator)
