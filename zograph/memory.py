@@ -42,24 +42,31 @@ def uncollected() -> Iterator[None]:
 
 
 RETURNED = 1 << 20
-"""Bytes from which on a freed block goes back to the system at once, under a tight budget."""
-TIGHT = 640 << 20
-"""Budget in bytes of which the 32 MiB that glibc may keep are a twentieth."""
-M_MMAP_THRESHOLD = -3
+"""Bytes from which on a freed block goes back to the system at once, under the tightest budgets."""
+SHARE = 20
+"""The allocator may keep blocks of a budget divided by this."""
+TIGHT, ROOMY = 256 << 20, SHARE * (32 << 20)
+"""Budgets in bytes: below the first, keeping less than a share saves no time; from the second on,
+the 32 MiB that glibc may keep by itself are no more than a share."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_little(budget: int | Literal["minimum"] | None) -> None:
     """Let the C allocator return large blocks as soon as they are freed, if a budget is tight.
 
     glibc raises the size from which on it does so up to 32 MiB as a process frees larger blocks,
-    and then keeps what is smaller: more than a budget below `TIGHT` has room for. Returning them
+    and then keeps what is smaller: more than a budget below `ROOMY` has room for. Returning them
     costs page faults. Holds for the whole process from then on. Does nothing where the C library
     is not glibc.
     """
-    if budget == "minimum" or (budget is not None and budget < TIGHT):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, RETURNED)
+    if budget is None or (budget != "minimum" and budget >= ROOMY):
+        return
+    kept = RETURNED if budget == "minimum" or budget < TIGHT else budget // SHARE
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, kept)
+        if kept > RETURNED:
+            mallopt(M_TRIM_THRESHOLD, kept)
 
 
 @cache
