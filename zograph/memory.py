@@ -46,7 +46,7 @@ RETURNED = 1 << 20
 SHARE = 20
 """The allocator may keep blocks of a budget divided by this."""
 TIGHT, ROOMY = 256 << 20, SHARE * (32 << 20)
-"""Budgets in bytes: below the first, keeping less than a share saves no time; from the second on,
+"""Budgets in bytes: below the first, keeping a share saves no time; from the second on,
 the 32 MiB that glibc may keep by itself are no more than a share."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
